@@ -1,0 +1,28 @@
+"""Callbacks: behaviour hung on the events of a run."""
+
+from milepost._lazy import lazy_names
+
+_NAMES = {
+    "Callback": "milepost.callbacks.callback",
+    "Checkpoint": "milepost.callbacks.checkpoint",
+    "ModelCheckpoint": "milepost.callbacks.model_checkpoint",
+    "OnExceptionCheckpoint": "milepost.callbacks.on_exception",
+    "EarlyStopping": "milepost.callbacks.early_stopping",
+    "LearningRateMonitor": "milepost.callbacks.lr_monitor",
+    "Timer": "milepost.callbacks.timer",
+    "LambdaCallback": "milepost.callbacks.lambda_callback",
+    "WeightAveraging": "milepost.callbacks.weight_averaging",
+    "EMAWeightAveraging": "milepost.callbacks.weight_averaging",
+    "GradientAccumulationScheduler": "milepost.callbacks.gradient_accumulation",
+    "StochasticWeightAveraging": "milepost.callbacks.weight_averaging",
+    "ModelSummary": "milepost.callbacks.model_summary",
+    "ProgressBar": "milepost.callbacks.progress",
+    "RichProgressBar": "milepost.callbacks.progress",
+    "TQDMProgressBar": "milepost.callbacks.progress",
+    "BasePredictionWriter": "milepost.callbacks.prediction_writer",
+    "DeviceStatsMonitor": "milepost.callbacks.device_stats",
+    "BaseFinetuning": "milepost.callbacks.finetuning",
+    "BackboneFinetuning": "milepost.callbacks.finetuning",
+}
+__all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,0 +1,1 @@
+"""Names that Lightning users import from here."""
