@@ -1,0 +1,92 @@
+"""What the Trainer asks of a logger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost import _distributed
+
+if TYPE_CHECKING:
+    from milepost.callbacks.checkpoint import Checkpoint
+
+
+class Logger:
+    """Derive from this to send metrics elsewhere. Every method may stay as it is, which does nothing.
+
+    The Trainer calls a logger on global rank 0 only, on the main thread; `name`, `version` and the directories are read
+    on every rank.
+    """
+
+    @property
+    def name(self) -> str | None:
+        """Name of the experiment, the folder below `save_dir`."""
+        return None
+
+    @property
+    def version(self) -> int | str | None:
+        """Which run of the experiment this is."""
+        return None
+
+    @property
+    def save_dir(self) -> str | None:
+        """Folder under which the logger and the checkpoints of its run are written, or None for a remote logger."""
+        return None
+
+    @property
+    def root_dir(self) -> str | None:
+        """Folder of the experiment, ``save_dir/name``."""
+        return None if self.save_dir is None else str(Path(self.save_dir) / (self.name or ""))
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of this run, ``save_dir/name/version``; an integer version is spelled ``version_3``."""
+        if self.root_dir is None:
+            return None
+        version = self.version
+        return str(Path(self.root_dir) / (version if isinstance(version, str) else f"version_{version}"))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record scalar `metrics` as of `step` (``global_step`` unless the user logged a ``step`` of their own)."""
+
+    def log_hyperparams(self, params: Mapping[str, Any] | Any, *args: Any, **kwargs: Any) -> None:
+        """Record the hyperparameters of the run."""
+
+    def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
+        """Record the graph of `model`."""
+
+    def save(self) -> None:
+        """Write out what was recorded so far."""
+
+    def finalize(self, status: str) -> None:
+        """Called when the run ends, with ``"success"`` or ``"failed"``. Write out what is left."""
+        self.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """Called once a checkpoint of `checkpoint_callback` is durable, so that its file may be read or uploaded."""
+
+
+def plain_params(params: Any) -> dict[str, Any]:
+    """Hyperparameters (a mapping, a namespace or None) as a dict."""
+    if params is None:
+        return {}
+    return dict(params) if isinstance(params, Mapping) else dict(vars(params))
+
+
+def plain_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """`metrics` as floats, each name preceded by ``prefix-`` where there is a prefix."""
+    lead = f"{prefix}-" if prefix else ""
+    return {lead + name: v.item() if isinstance(v, torch.Tensor) else v for name, v in metrics.items()}
+
+
+def next_version(root_dir: str) -> int:
+    """The first integer above every ``version_N`` folder in `root_dir`. The same on all ranks: rank 0 looks."""
+    return _distributed.broadcast_object(_first_free(Path(root_dir)) if _distributed.rank() == 0 else 0)
+
+
+def _first_free(root: Path) -> int:
+    taken = [int(p.name[8:]) for p in root.glob("version_*") if p.is_dir() and p.name[8:].isdigit()]
+    return max(taken, default=-1) + 1
