@@ -1,0 +1,430 @@
+"""Saves checkpoints while a model trains, and keeps the best and the last."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from milepost.callbacks import _record
+from milepost.callbacks._ledger import Ledger, Save
+from milepost.callbacks._naming import absolute, default_dirpath, fill, unused
+from milepost.callbacks._schedule import Trigger, saves_at_train_epoch_end
+from milepost.callbacks.checkpoint import Checkpoint
+from milepost.engine.retention import Change, Entry, Retention
+from milepost.errors import MisconfigurationException
+from milepost.plugins.io import checkpoint_io as capabilities
+
+if TYPE_CHECKING:
+    from milepost.trainer.module import Module
+    from milepost.trainer.trainer import Trainer
+
+
+class ModelCheckpoint(Checkpoint):
+    """Saves the run's state by a trigger, keeps the `save_top_k` best by `monitor` and, with `save_last`, the newest.
+
+    A step or time trigger always refreshes the last; whether the state is among the best is decided only with a value
+    of `monitor` that was logged at this very step, else at the end of the next validation or epoch. What the attributes
+    say changes when a save is committed, not when it is asked for.
+
+    Args:
+        dirpath: where to save; None: ``checkpoints`` under the logger's directory or ``default_root_dir``.
+        filename: template such as ``"{epoch:02d}-{val_loss:.2f}"``; None: ``"{epoch}-{step}"``.
+        monitor: a logged metric, or None to rank by recency.
+        verbose: print a line for each save.
+        save_last: keep the newest state as ``last.ckpt``; ``"link"`` makes it a symbolic link where it can be one.
+        save_top_k: how many of the best to keep; -1 all, 0 none.
+        save_on_exception: save when the run is interrupted, Ctrl-C included.
+        save_weights_only: leave out optimizers, schedulers, callbacks.
+        mode: whether the smallest (``"min"``) or largest (``"max"``) value is best.
+        auto_insert_metric_name: write ``key=`` before each value in the file name.
+        every_n_train_steps: save every so many optimizer steps. Excludes the next two.
+        train_time_interval: save whenever so much time has passed.
+        every_n_epochs: save every so many epochs; 0 never. The default is every epoch.
+        save_on_train_epoch_end: act at the end of the training epoch (True) or of validation (False); None: by the
+            Trainer's validation schedule.
+        enable_version_counter: append ``-v1`` … where a file of the name is there already; False overwrites.
+
+    Raises:
+        MisconfigurationException: arguments out of range or contradicting each other.
+    """
+
+    CHECKPOINT_JOIN_CHAR = "-"
+    CHECKPOINT_EQUALS_CHAR = "="
+    CHECKPOINT_NAME_LAST = "last"
+    FILE_EXTENSION = ".ckpt"
+    STARTING_VERSION = 1
+    _BUILTIN_METRICS: ClassVar[frozenset[str]] = frozenset({"epoch", "step"})
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+    ) -> None:
+        super().__init__()
+        policy = _policy(monitor, save_top_k, mode)
+        self._trigger = Trigger.resolve(every_n_train_steps, every_n_epochs, train_time_interval)
+        self.dirpath = absolute(dirpath)
+        if save_last == "link" and self.dirpath is not None and "://" in self.dirpath:
+            raise ValueError(f"save_last='link' needs a local dirpath, not {self.dirpath!r}: use save_last=True")
+        self.filename = filename
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._enable_version_counter = enable_version_counter
+        self._ledger = Ledger(policy, weights_only=save_weights_only)
+        self.current_score: torch.Tensor | None = None
+        self.best_k_models: dict[str, torch.Tensor] = {}
+        self.best_model_path = ""
+        self.best_model_score: torch.Tensor | None = None
+        self.kth_best_model_path = ""
+        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.last_model_path = ""
+        self._io: Any = None
+        self._source = ""
+        self._deferred = False  # a trigger fired, its decision waits for a true value of the monitor
+        self._monitor_unknown = False
+        self._validated = False
+        self._fired_step = self._ranked_step = self._last_step = self._saved_step = 0
+        self._clock = 0.0
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's key, so that its files and ours find the state; the Trainer tells those of equal key apart."""
+        return self._generate_state_key(
+            monitor=self.monitor,
+            mode=self.mode,
+            every_n_train_steps=self._trigger.steps,
+            every_n_epochs=self._trigger.epochs,
+            train_time_interval=self._trigger.interval,
+        )
+
+    @property
+    def every_n_epochs(self) -> int | None:
+        """How many epochs lie between saves; 0 where another trigger is set."""
+        return self._trigger.epochs
+
+    # ---- events of a run
+
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        """Fix the directory."""
+        if self.dirpath is None:
+            self.dirpath = default_dirpath(trainer)
+        self._ledger.dirpath = self.dirpath
+        self._io = trainer.strategy.checkpoint_io
+        self._source = os.fspath(trainer.ckpt_path or "")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        """Start the clock of the time trigger and apply retention to what was restored."""
+        self._clock = time.monotonic()
+        self._monitor_unknown = self._validated = False
+        # What was resumed from is saved already, and its trigger has fired.
+        self._fired_step = self._saved_step = trainer.global_step
+        self._last_step = trainer.global_step if self._ledger.committed.last else 0
+        if trainer.is_global_zero and not self._idle(trainer):
+            self._ledger.prune(trainer)
+        self._publish()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Commit what is done; save where the step or time trigger fires."""
+        self._poll(trainer)
+        step = trainer.global_step
+        if self._idle(trainer) or step == self._fired_step:
+            return
+        timed = self._trigger.after(time.monotonic() - self._clock)
+        if timed or self._trigger.at_step(step):
+            self._clock = time.monotonic()
+            self._fired_step = step
+            self._fire(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Save where the epoch trigger acts here, and decide what was waiting for this validation."""
+        self._poll(trainer)
+        if self._idle(trainer):
+            return
+        self._validated = True
+        here = not saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
+        self._act(trainer, due=here and self._trigger.at_epoch(trainer.current_epoch))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Save where the epoch trigger acts here, decide what is still waiting, refresh the last."""
+        self._poll(trainer)
+        if self._idle(trainer):
+            return
+        self._check_monitor(trainer)
+        here = saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
+        self._act(trainer, due=here and self._trigger.at_epoch(trainer.current_epoch))
+        self._write(trainer, rank=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        """Refresh the last, leave a file where a decision is still open and there is none, wait for all commits."""
+        if not self._idle(trainer):
+            self._write(trainer, rank=self._deferred and not self._ledger.projected.paths())
+        self._poll(trainer, wait=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
+        """With `save_on_exception` save the state; never replaces `exception` by an error of its own."""
+        try:
+            self._poll(trainer, wait=True)
+            if self.save_on_exception and not self._idle(trainer) and trainer.global_step > self._saved_step:
+                self._write_crash(trainer)
+                self._poll(trainer, wait=True)
+        except Exception as error:
+            warnings.warn(f"no checkpoint could be saved after {type(exception).__name__}: {error}", stacklevel=2)
+
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        """Wait until what is on its way is committed."""
+        self._poll(trainer, wait=True)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The catalog as it will be once all that is on its way, this very save included, is committed."""
+        view = _record.view(self._ledger.projected, self._ledger.policy)
+        return {
+            "monitor": self.monitor,
+            "best_model_score": view.best_model_score,
+            "best_model_path": view.best_model_path,
+            "current_score": self.current_score,
+            "dirpath": self.dirpath,
+            "best_k_models": view.best_k_models,
+            "kth_best_model_path": view.kth_best_model_path,
+            "kth_value": view.kth_value,
+            "last_model_path": view.last_model_path,
+            "milepost": {
+                **_record.encode(self._ledger.projected, self.dirpath or ""),
+                "deferred": self._deferred,
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the files that `state_dict` lists and that are still there, also where the directory was moved."""
+        own = state_dict.get("milepost", {})
+        here = self.dirpath or state_dict.get("dirpath") or ""
+        self._ledger.committed = _record.restore(state_dict, here, self._source, self._is_there, self._ledger.policy)
+        self.current_score = state_dict.get("current_score")
+        self._deferred = bool(own.get("deferred", False))
+        self._publish()
+
+    # ---- what users call
+
+    def check_monitor_top_k(self, trainer: Trainer, current: torch.Tensor | None = None) -> bool:
+        """Whether a checkpoint with the monitored value `current` would be among the best; None never is."""
+        if current is None or self.save_top_k == 0:
+            return False
+        return self._ledger.policy.admits(self._ledger.projected.entries, float(current))
+
+    def format_checkpoint_name(
+        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """The path of a checkpoint: the template filled from `metrics`, with ``-v{ver}`` where `ver` is given.
+
+        Raises:
+            MisconfigurationException: the template names a key that is not in `metrics`.
+        """
+        name = fill(
+            filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}",
+            metrics,
+            insert_names=self.auto_insert_metric_name,
+            equals=self.CHECKPOINT_EQUALS_CHAR,
+            prefix=prefix or "",
+            join=self.CHECKPOINT_JOIN_CHAR,
+        )
+        if ver is not None:
+            name = f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
+        return str(Path(self.dirpath or "", name + self.FILE_EXTENSION)) if self.dirpath else name + self.FILE_EXTENSION
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write ``best_k_models`` (path: score) as YAML, by default to ``best_k_models.yaml`` in the directory."""
+        target = Path(filepath) if filepath else Path(self.dirpath or "") / "best_k_models.yaml"
+        target.write_text(_record.as_yaml({path: float(score) for path, score in self.best_k_models.items()}))
+
+    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
+        """Whether there is something at `filepath`, as the checkpoint plugin sees it."""
+        found = capabilities.exists(trainer.strategy.checkpoint_io, os.fspath(filepath))
+        return os.path.lexists(filepath) if found is None else found
+
+    # ---- deciding
+
+    def _idle(self, trainer: Trainer) -> bool:
+        fitting = trainer.state.fn is not None and trainer.state.fn.value == "fit"
+        return bool(trainer.fast_dev_run) or not fitting or trainer.sanity_checking
+
+    def _fire(self, trainer: Trainer) -> None:
+        """The trigger fired: rank the state if the monitored value is of this step, else leave that for later."""
+        self._deferred = not self._decidable(trainer)
+        self._write(trainer, rank=not self._deferred)
+
+    def _act(self, trainer: Trainer, *, due: bool) -> None:
+        if due or (self._deferred and self._decidable(trainer)):
+            self._fire(trainer)
+
+    def _decidable(self, trainer: Trainer) -> bool:
+        if self.monitor is None or self.monitor in self._BUILTIN_METRICS or self.save_top_k == 0:
+            return True
+        return self._monitor_unknown or trainer.metric_steps.get(self.monitor) == trainer.global_step
+
+    def _check_monitor(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        if self.monitor is None or self.monitor in metrics or self.monitor in self._BUILTIN_METRICS:
+            self._monitor_unknown = False
+            return
+        expects_validation = sum(trainer.num_val_batches or [0]) > 0
+        if self._monitor_unknown or (expects_validation and not self._validated):
+            return
+        self._monitor_unknown = True
+        warnings.warn(
+            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged. Available: "
+            f"{', '.join(sorted(metrics)) or 'none'}. Until it appears checkpoints are kept by recency; "
+            f"log it with self.log({self.monitor!r}, ...) or correct the name",
+            stacklevel=2,
+        )
+        self._deferred = self._deferred or not self._ledger.projected.paths()
+
+    # ---- writing
+
+    def _write(self, trainer: Trainer, *, rank: bool) -> None:
+        """Save the state as one of the best (with `rank`, if it is) and as the last (with `save_last`), in one go."""
+        step = trainer.global_step
+        if step == 0:
+            return  # nothing was learned yet
+        score = self._score(trainer)
+        if rank:
+            self.current_score = None if score is None else torch.tensor(score)
+        ranked = rank and self._ranked_step != step
+        ranked = ranked and self._ledger.policy.admits(self._ledger.projected.entries, score)
+        if not ranked and not (self.save_last and step > self._last_step):
+            return
+        path = self._entry_path(trainer, score) if ranked else ""
+        change = Change(entry=Entry(path, score, step)) if ranked else Change()
+        self._submit(trainer, path, change, with_last=step > self._last_step)
+        self._ranked_step = step if rank else self._ranked_step
+
+    def _write_crash(self, trainer: Trainer) -> None:
+        path = self._named(self._metrics(trainer), prefix="exception", lenient=True)
+        self._submit(trainer, path, Change(crash=path), with_last=True)
+
+    def _submit(self, trainer: Trainer, path: str, change: Change, *, with_last: bool) -> None:
+        """Save to `path` ("": only as the last) under `change`, and as the last where it is wanted."""
+        step = trainer.global_step
+        io = trainer.strategy.checkpoint_io
+        linked = bool(path) and (self.save_last == "link" or callable(getattr(io, "link", None)))
+        last = self._last_path(trainer) if self.save_last and (with_last or linked) else ""
+        saves = [Save(last, Change(last=last, crash=change.crash))] if last and not linked else []
+        if path:
+            joint = Change(change.entry, last if linked else "", change.crash)
+            saves.insert(0, Save(path, joint, last if linked else "", symbolic=self.save_last == "link"))
+        self._ledger.submit(trainer, saves)
+        self._saved_step = step
+        self._last_step = step if last else self._last_step
+        self._poll(trainer)
+
+    def _poll(self, trainer: Trainer, *, wait: bool = False) -> None:
+        def committed(save: Save) -> None:
+            self._publish()
+            if self.verbose and trainer.is_global_zero:
+                print(f"saved {save.path} (epoch {trainer.current_epoch}, step {trainer.global_step})")
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+
+        self._ledger.poll(trainer, committed, wait=wait)
+
+    def _publish(self) -> None:
+        """Show what is committed in the public attributes."""
+        view = _record.view(self._ledger.committed, self._ledger.policy)
+        self.best_model_path, self.best_model_score = view.best_model_path, view.best_model_score
+        self.best_k_models = view.best_k_models
+        self.kth_best_model_path, self.kth_value = view.kth_best_model_path, view.kth_value
+        self.last_model_path = view.last_model_path
+
+    # ---- naming
+
+    def _metrics(self, trainer: Trainer) -> dict[str, Any]:
+        return {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
+
+    def _score(self, trainer: Trainer) -> float | None:
+        """The monitored value if it is of this step, NaN if it is not, None where nothing is monitored."""
+        if self.monitor is None:
+            return None
+        fresh = self.monitor in self._BUILTIN_METRICS or trainer.metric_steps.get(self.monitor) == trainer.global_step
+        return float(self._metrics(trainer)[self.monitor]) if fresh else math.nan
+
+    def _named(self, metrics: dict[str, Any], *, prefix: str | None = None, lenient: bool = False) -> str:
+        """The path from the template; with `lenient` a template that cannot be filled gives way to the default one."""
+        try:
+            return self.format_checkpoint_name(metrics, prefix=prefix)
+        except MisconfigurationException:
+            if not lenient:
+                raise
+            default = f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
+            return self.format_checkpoint_name(metrics, filename=default, prefix=prefix)
+
+    def _entry_path(self, trainer: Trainer, score: float | None) -> str:
+        metrics = self._metrics(trainer)
+        lenient = score is not None and math.isnan(score)
+        if lenient and self.monitor is not None:
+            metrics[self.monitor] = math.nan  # never a stale value in a file's name
+        path = self._named(metrics, lenient=lenient)
+        now = self._ledger.projected
+        after = now.after(Change(entry=Entry("\0new", score)), self._ledger.policy)
+        return self._free(trainer, path, own=now.paths() - after.paths())
+
+    def _last_path(self, trainer: Trainer) -> str:
+        path = self.format_checkpoint_name(self._metrics(trainer), filename=self.CHECKPOINT_NAME_LAST)
+        return self._free(trainer, path, own=frozenset({self._ledger.projected.last, self._source}))
+
+    def _free(self, trainer: Trainer, path: str, *, own: frozenset[str]) -> str:
+        """`path` if nothing of others is there or versions are off, else with the first version that is free."""
+        if not self._enable_version_counter:
+            return path
+        stem = path.removesuffix(self.FILE_EXTENSION)
+
+        def taken(candidate: str) -> bool:
+            used = self._ledger.claims(candidate) or self.file_exists(candidate, trainer)
+            return used and candidate not in own
+
+        def version(number: int) -> str:
+            return f"{stem}{self.CHECKPOINT_JOIN_CHAR}v{number}{self.FILE_EXTENSION}"
+
+        return unused(path, version, taken, self.STARTING_VERSION)
+
+    def _is_there(self, path: str) -> bool | None:
+        return None if self._io is None else capabilities.exists(self._io, path)
+
+
+def _policy(monitor: str | None, save_top_k: int, mode: str) -> Retention:
+    if save_top_k < -1:
+        raise MisconfigurationException(f"save_top_k={save_top_k} must be -1 (all), 0 (none) or positive")
+    if monitor is None and save_top_k not in (-1, 0, 1):
+        raise MisconfigurationException(
+            f"save_top_k={save_top_k} needs something to rank by: pass monitor, or save_top_k of -1, 0 or 1"
+        )
+    if mode not in ("min", "max"):
+        raise MisconfigurationException(f"mode={mode!r} must be 'min' or 'max'")
+    return Retention(save_top_k, "min" if mode == "min" else "max")
