@@ -1,4 +1,4 @@
-"""A checkpointer's saves between their start and their commit. Runs on the main thread, wherever the writing is done."""
+"""A checkpointer's saves between their start and their commit, followed on the main thread."""
 
 from __future__ import annotations
 

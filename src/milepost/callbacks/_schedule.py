@@ -67,3 +67,18 @@ def saves_at_train_epoch_end(trainer: Any, chosen: bool | None) -> bool:
     if sum(trainer.num_val_batches or [0]) == 0:
         return True
     return isinstance(interval, float) and interval == 1.0
+
+
+def is_fresh(trainer: Any, monitor: str) -> bool:
+    """Whether the value of `monitor` belongs to the state of this very step.
+
+    What ``training_step`` logs on its way to step N is recorded under N - 1, and is as much of step N as training values
+    ever are; what validation logged one step ago is not.
+    """
+    logged = trainer.metric_steps.get(monitor)
+    if logged is None or logged == trainer.global_step:
+        return logged is not None
+    if logged != trainer.global_step - 1:
+        return False
+    training = trainer.metrics.training
+    return any(monitor == training.names(entry)[0] for entry in training.entries.values() if entry.on_step)

@@ -16,7 +16,7 @@ import torch
 from milepost.callbacks import _record
 from milepost.callbacks._ledger import Ledger, Save
 from milepost.callbacks._naming import absolute, default_dirpath, fill, unused
-from milepost.callbacks._schedule import Trigger, saves_at_train_epoch_end
+from milepost.callbacks._schedule import Trigger, is_fresh, saves_at_train_epoch_end
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.engine.retention import Change, Entry, Retention
 from milepost.errors import MisconfigurationException
@@ -288,7 +288,7 @@ class ModelCheckpoint(Checkpoint):
     def _decidable(self, trainer: Trainer) -> bool:
         if self.monitor is None or self.monitor in self._BUILTIN_METRICS or self.save_top_k == 0:
             return True
-        return self._monitor_unknown or trainer.metric_steps.get(self.monitor) == trainer.global_step
+        return self._monitor_unknown or is_fresh(trainer, self.monitor)
 
     def _check_monitor(self, trainer: Trainer) -> None:
         metrics = trainer.callback_metrics
@@ -372,7 +372,7 @@ class ModelCheckpoint(Checkpoint):
         """The monitored value if it is of this step, NaN if it is not, None where nothing is monitored."""
         if self.monitor is None:
             return None
-        fresh = self.monitor in self._BUILTIN_METRICS or trainer.metric_steps.get(self.monitor) == trainer.global_step
+        fresh = self.monitor in self._BUILTIN_METRICS or is_fresh(trainer, self.monitor)
         return float(self._metrics(trainer)[self.monitor]) if fresh else math.nan
 
     def _named(self, metrics: dict[str, Any], *, prefix: str | None = None, lenient: bool = False) -> str:

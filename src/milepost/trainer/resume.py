@@ -1,0 +1,194 @@
+"""Which checkpoint a run goes on from: the meanings of ``ckpt_path``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milepost.callbacks._naming import default_dirpath
+from milepost.callbacks.model_checkpoint import ModelCheckpoint
+from milepost.callbacks.on_exception import OnExceptionCheckpoint
+from milepost.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException
+from milepost.plugins.io import checkpoint_io as capabilities
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+_log = logging.getLogger("milepost")
+
+
+def resolve_ckpt_path(
+    trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, model_provided: bool
+) -> str | None:
+    """The checkpoint that `ckpt_path` means for this call of fit, validate, test or predict; None: start without one.
+
+    Args:
+        trainer: its callbacks, plugin and directories say where to look.
+        ckpt_path: a path; ``"best"`` by the first checkpointer; ``"last"``, the newest good one; ``"hpc"``, what a job
+            wrote when it was told to make way; ``"auto"``, the last or the hpc one if there is any, else a fresh start;
+            None: the hpc one under SLURM, or what an exception left; to evaluate without a model the best.
+        model_provided: whether the caller passed a model.
+
+    Raises:
+        CheckpointNotFoundError: nothing at the path; ``"hpc"`` or ``"best"`` without such a file.
+        MisconfigurationException: ``"best"`` without a checkpointer.
+    """
+    fitting = trainer.state.fn is not None and trainer.state.fn.value == "fit"
+    if ckpt_path is None:
+        return _unasked(trainer, fitting=fitting, model_provided=model_provided)
+    name = os.fspath(ckpt_path)
+    if name == "best":
+        return _best(trainer)
+    if name == "last":
+        found = newest_good(trainer, _candidates(trainer))
+        if found is None:
+            places = ", ".join(_directories(trainer)) or "no directory: the trainer has no checkpointer"
+            warnings.warn(f"ckpt_path='last': no good checkpoint in {places}. Starting without one", stacklevel=2)
+        return found
+    if name == "hpc":
+        found = newest_good(trainer, hpc_checkpoints(trainer.default_root_dir))
+        if found is None:
+            raise CheckpointNotFoundError(
+                f"ckpt_path='hpc': no hpc checkpoint of this job in {trainer.default_root_dir}. "
+                "Pass ckpt_path='auto' to start fresh where there is none"
+            )
+        return found
+    if name == "auto":
+        return newest_good(trainer, [*_candidates(trainer), *hpc_checkpoints(trainer.default_root_dir)])
+    return _path(trainer, name)
+
+
+def hpc_checkpoints(directory: str | os.PathLike[str]) -> list[str]:
+    """The files written for requeueing in `directory`, oldest number first; under SLURM only those of this job."""
+    place, pattern = Path(directory), re.compile(re.escape(_hpc_stem()) + r"(\d+)\.ckpt")
+    if not place.is_dir():
+        return []
+    numbered = ((match, entry) for entry in place.iterdir() if (match := pattern.fullmatch(entry.name)))
+    return [str(entry) for _, entry in sorted((int(match.group(1)), entry) for match, entry in numbered)]
+
+
+def next_hpc_path(directory: str | os.PathLike[str]) -> str:
+    """Where the next checkpoint for requeueing goes: ``hpc_ckpt_N.ckpt``, under SLURM ``hpc_ckpt_job<id>_N.ckpt``."""
+    stem = _hpc_stem()
+    written = hpc_checkpoints(directory)
+    number = int(Path(written[-1]).stem.removeprefix(stem)) + 1 if written else 1
+    return str(Path(directory, f"{stem}{number}.ckpt"))
+
+
+def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
+    """The newest of `candidates` by time of writing, then by name, that verifies; damaged ones are reported."""
+    io = trainer.strategy.checkpoint_io
+    for path in sorted(set(candidates), key=_age, reverse=True):
+        try:
+            verdict = capabilities.verify(io, path)
+        except (CheckpointError, OSError, EOFError) as error:
+            warnings.warn(f"passing over the damaged checkpoint {path}: {error}", stacklevel=2)
+            continue
+        if verdict == "cannot":
+            _log.warning("%s cannot verify checkpoints: %s is taken to be good", type(io).__name__, path)
+        return path
+    return None
+
+
+def _hpc_stem() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"hpc_ckpt_job{job}_" if job else "hpc_ckpt_"
+
+
+def _unasked(trainer: Any, *, fitting: bool, model_provided: bool) -> str | None:
+    if fitting and "SLURM_JOB_ID" in os.environ:
+        requeued = newest_good(trainer, hpc_checkpoints(trainer.default_root_dir))
+        if requeued is not None:
+            return requeued
+    if fitting:
+        left = [c.ckpt_path for c in trainer.callbacks if isinstance(c, OnExceptionCheckpoint)]
+        if any(Path(path).exists() for path in left):
+            found = newest_good(trainer, _candidates(trainer))
+            if found is not None:
+                warnings.warn(
+                    f"an exception left a checkpoint behind: going on from {found}, the newest. "
+                    "Delete the crash file to start fresh",
+                    stacklevel=2,
+                )
+            return found
+    if model_provided or fitting:
+        return None
+    found = _best(trainer)
+    warnings.warn(f"no model and no ckpt_path given: taking the best checkpoint, {found}", stacklevel=2)
+    return found
+
+
+def _best(trainer: Any) -> str:
+    checkpointers = [c for c in trainer.checkpoint_callbacks if hasattr(c, "best_model_path")]
+    if not checkpointers:
+        raise MisconfigurationException(
+            "ckpt_path='best' needs a ModelCheckpoint among the callbacks: add one, or pass the path of a checkpoint"
+        )
+    if trainer.fast_dev_run:
+        raise MisconfigurationException(
+            "ckpt_path='best' with fast_dev_run, which saves nothing: pass the path of a checkpoint"
+        )
+    if len(checkpointers) > 1:
+        warnings.warn(
+            f"ckpt_path='best' with {len(checkpointers)} checkpointers: taking that of the first, monitor="
+            f"{getattr(checkpointers[0], 'monitor', None)!r}. Pass the best_model_path of another to use it",
+            stacklevel=2,
+        )
+    path = checkpointers[0].best_model_path
+    if not path:
+        raise CheckpointNotFoundError(
+            "ckpt_path='best': the checkpointer has saved none (best_model_path is empty). Fit first, with save_top_k "
+            "other than 0, or pass the path of a checkpoint"
+        )
+    return str(path)
+
+
+def _path(trainer: Any, name: str) -> str:
+    if name.startswith("registry"):
+        raise MisconfigurationException(f"ckpt_path={name!r}: model registries are not supported. Pass a path")
+    path = name if "://" in name else str(Path(name).expanduser())
+    if "://" not in path and capabilities.exists(trainer.strategy.checkpoint_io, path) is False:
+        raise CheckpointNotFoundError(f"ckpt_path={path!r}: nothing is there. Pass the path of a checkpoint, or 'auto'")
+    return path
+
+
+def _directories(trainer: Any) -> list[str]:
+    """Where the checkpointers of `trainer` save files from which training can go on, without repetition."""
+    places: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            if not callback.save_weights_only:
+                places.append(callback.dirpath or default_dirpath(trainer))
+        elif getattr(callback, "dirpath", None):
+            places.append(os.fspath(callback.dirpath))
+    return list(dict.fromkeys(places))
+
+
+def _candidates(trainer: Any) -> list[str]:
+    io = trainer.strategy.checkpoint_io
+    endings = {getattr(callback, "FILE_EXTENSION", ".ckpt") for callback in trainer.checkpoint_callbacks}
+    found: list[str] = []
+    for directory in _directories(trainer):
+        listed = capabilities.list_checkpoints(io, directory)
+        if listed is None:
+            place = Path(directory)
+            listed = [str(entry) for entry in place.iterdir()] if place.is_dir() else []
+        found += [p for p in listed if Path(p).suffix in endings and not Path(p).name.startswith(".") and _whole(p)]
+    return found
+
+
+def _whole(path: str) -> bool:
+    """Not a symbolic link whose target is gone."""
+    return not Path(path).is_symlink() or Path(path).exists()
+
+
+def _age(path: str) -> tuple[int, str]:
+    try:
+        return (Path(path).stat().st_mtime_ns, Path(path).name)
+    except OSError:
+        return (0, Path(path).name)  # stored elsewhere by the plugin: only the name tells
