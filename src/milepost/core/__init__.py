@@ -1,0 +1,1 @@
+"""The hook protocols that Module and DataModule share."""

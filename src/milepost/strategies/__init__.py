@@ -1,0 +1,10 @@
+"""Where the model runs, and through which CheckpointIO its checkpoints go."""
+
+from milepost._lazy import lazy_names
+
+_NAMES = {
+    "Strategy": "milepost.strategies.strategy",
+    "SingleDeviceStrategy": "milepost.strategies.single_device",
+}
+__all__ = sorted(_NAMES)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,0 +1,99 @@
+"""The base class of strategies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost import _distributed
+from milepost.errors import MisconfigurationException
+from milepost.plugins.io import checkpoint_io as io_calls
+from milepost.plugins.io.torch_io import TorchCheckpointIO
+
+if TYPE_CHECKING:
+    from milepost.plugins.io.checkpoint_io import Pending
+
+
+class Strategy:
+    """Places the model on devices and passes checkpoints to a `CheckpointIO`.
+
+    Args:
+        checkpoint_io: any object with ``save_checkpoint``, ``load_checkpoint`` and ``remove_checkpoint``;
+            a `TorchCheckpointIO` where none is given.
+
+    Raises:
+        MisconfigurationException: `checkpoint_io` lacks one of the three methods.
+    """
+
+    def __init__(self, checkpoint_io: Any = None) -> None:
+        self._checkpoint_io: Any = None
+        if checkpoint_io is not None:
+            self.checkpoint_io = checkpoint_io
+        self._lightning_module: Any = None
+
+    @property
+    def root_device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """How checkpoints are stored."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        if not io_calls.is_checkpoint_io(io):
+            raise MisconfigurationException(
+                f"checkpoint_io={io!r} is not a CheckpointIO: it needs the methods save_checkpoint, load_checkpoint and "
+                "remove_checkpoint."
+            )
+        self._checkpoint_io = io
+
+    @property
+    def has_own_checkpoint_io(self) -> bool:
+        """Whether a CheckpointIO was given, here or by the Trainer."""
+        return self._checkpoint_io is not None
+
+    @property
+    def lightning_module(self) -> Any:
+        return self._lightning_module
+
+    @property
+    def model(self) -> Any:
+        return self._lightning_module
+
+    @property
+    def is_global_zero(self) -> bool:
+        return _distributed.rank() == 0
+
+    def connect(self, module: Any) -> None:
+        """Called by the Trainer at the start of every run."""
+        self._lightning_module = module
+
+    def setup(self) -> None:
+        """Called after the checkpoint's weights are in place: move the module to its device."""
+        self._lightning_module.to(self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> Pending:
+        """Store `checkpoint`; returns a handle that is done once the checkpoint is durable. Called on every rank."""
+        return io_calls.save(self.checkpoint_io, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; tensors come back on the CPU unless the plugin decides otherwise."""
+        loaded: dict[str, Any] = io_calls.load(self.checkpoint_io, checkpoint_path, weights_only=weights_only)
+        return loaded
+
+    def remove_checkpoint(self, filepath: str) -> None:
+        """Delete a checkpoint."""
+        io_calls.remove(self.checkpoint_io, filepath)
+
+    def barrier(self, name: str | None = None) -> None:
+        _distributed.barrier()
+
+    def teardown(self) -> None:
+        """Called at the end of every run, after an error too: waits for what the plugin still has under way."""
+        if self._checkpoint_io is not None:
+            io_calls.teardown(self._checkpoint_io)

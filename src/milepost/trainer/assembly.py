@@ -1,0 +1,222 @@
+"""Puts together what a Trainer consists of, and refuses what cannot work, at construction."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost import _optional
+from milepost.callbacks.callback import Callback
+from milepost.callbacks.checkpoint import Checkpoint
+from milepost.errors import MisconfigurationException
+from milepost.plugins.io import checkpoint_io as io_calls
+from milepost.precision.precision import Precision, make_precision
+from milepost.strategies.single_device import SingleDeviceStrategy
+from milepost.strategies.strategy import Strategy
+from milepost.trainer import defaults
+from milepost.trainer.datamodule import DataModule
+from milepost.trainer.module import Module
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+
+def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: str | None, profiler: Any) -> None:
+    """Arguments of Lightning's Trainer that this version does not have say so, with the remedy."""
+    if num_nodes != 1:
+        raise defaults.refuse("num_nodes", num_nodes, "this version trains on one device. Leave it at 1.")
+    if sync_batchnorm:
+        raise defaults.refuse("sync_batchnorm", sync_batchnorm, "it matters for several ranks only. Leave it at False.")
+    if model_registry is not None:
+        raise defaults.refuse("model_registry", model_registry, "there is no model registry. Give ckpt_path a path.")
+    if profiler is not None and not hasattr(profiler, "profile"):
+        raise defaults.refuse("profiler", profiler, "give an object with a `profile(name)` context manager, such as one of milepost.profilers.")
+
+
+def validation_interval(value: Any, every_n_epoch: int | None) -> tuple[int | float, float | None]:
+    """Resolve ``val_check_interval``: batches (int), a fraction of the epoch (float), or seconds (as the second item)."""
+    if value is None:
+        return 1.0, None
+    if isinstance(value, (str, dict, timedelta)):
+        duration = defaults.parse_duration(value, "val_check_interval")
+        assert duration is not None
+        return 1.0, duration.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or (isinstance(value, float) and value > 1.0):
+        raise MisconfigurationException(
+            f"val_check_interval={value!r}: give a number of batches (int ≥ 1), a fraction of an epoch (float up to 1.0), or a duration."
+        )
+    if every_n_epoch is None and isinstance(value, float):
+        raise MisconfigurationException(
+            f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={value!r} must be an int."
+        )
+    return value, None
+
+
+def clip_algorithm(value: str | None) -> str | None:
+    if value not in (None, "norm", "value"):
+        raise MisconfigurationException(f"gradient_clip_algorithm={value!r}: use 'norm' or 'value'.")
+    return value
+
+
+def set_determinism(deterministic: bool | str | None, benchmark: bool | None) -> None:
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if benchmark is not None or deterministic:
+        torch.backends.cudnn.benchmark = bool(benchmark) and not deterministic
+
+
+def strategy_and_precision(
+    strategy: str | Strategy, accelerator: str, devices: Any, precision: str | int | None, plugins: Any
+) -> tuple[Strategy, Precision]:
+    """Build the strategy and the precision, and give the strategy the CheckpointIO found in `plugins`."""
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    ios = [p for p in given if io_calls.is_checkpoint_io(p)]
+    precisions = [p for p in given if isinstance(p, Precision)]
+    if wrong := [p for p in given if p not in ios and p not in precisions]:
+        raise MisconfigurationException(
+            f"Found invalid type for plugin {wrong[0]!r}: expected a CheckpointIO (save_checkpoint, load_checkpoint, "
+            "remove_checkpoint) or a Precision."
+        )
+    for kind, found in (("CheckpointIO", ios), ("Precision", precisions)):
+        if len(found) > 1:
+            raise MisconfigurationException(f"Received {len(found)} values for {kind} in `plugins`; expected one at most.")
+    built = strategy if isinstance(strategy, Strategy) else SingleDeviceStrategy(_device(strategy, accelerator, devices))
+    if ios:
+        if built.has_own_checkpoint_io:
+            raise MisconfigurationException("checkpoint_io set through both strategy class and plugins, choose one.")
+        built.checkpoint_io = ios[0]
+    if precisions and precision is not None:
+        raise MisconfigurationException(f"precision={precision!r} and a Precision plugin were given, choose one.")
+    return built, precisions[0] if precisions else make_precision(precision, built.root_device.type)
+
+
+def _device(strategy: str, accelerator: str, devices: Any) -> torch.device:
+    if strategy not in ("auto", "single_device"):
+        raise defaults.refuse("strategy", strategy, "this version trains on one device: 'auto', or a Strategy object.")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise defaults.refuse("accelerator", accelerator, "use 'auto', 'cpu' or 'gpu'.")
+    index = 0
+    if isinstance(devices, (list, tuple)) and len(devices) == 1:
+        index = int(devices[0])
+    elif devices not in ("auto", 1, "1", None) and not (devices in (-1, "-1") and torch.cuda.device_count() <= 1):
+        raise defaults.refuse("devices", devices, "this version trains on one device: 1, 'auto', or a list of one index.")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise MisconfigurationException(f"accelerator={accelerator!r}, but torch sees no CUDA device. Use accelerator='cpu' or 'auto'.")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", index)
+
+
+def loggers(given: Any, directory: str, *, enabled: bool) -> list[Any]:
+    """The loggers for the ``logger`` argument: TensorBoard where it is installed, else CSV, unless others are given."""
+    if not enabled or given is False:
+        return []
+    if given is None or given is True:
+        if _optional.available("tensorboard"):
+            from milepost.loggers.tensorboard import TensorBoardLogger
+
+            return [TensorBoardLogger(directory)]
+        from milepost.loggers.csv_logs import CSVLogger
+
+        return [CSVLogger(directory)]
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def callbacks(
+    given: list[Callback] | Callback | None,
+    *,
+    checkpointing: bool | None,
+    progress_bar: bool,
+    model_summary: bool,
+    max_time: timedelta | None,
+) -> list[Callback]:
+    """The user's callbacks with the default ones; checkpointers last."""
+    found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for callback in found:
+        if not isinstance(callback, Callback) and not hasattr(callback, "on_train_batch_end"):
+            raise MisconfigurationException(f"callbacks: {callback!r} is not a Callback.")
+    checkpointers = [c for c in found if isinstance(c, Checkpoint)]
+    if checkpointing is False and checkpointers:
+        raise MisconfigurationException(
+            f"enable_checkpointing=False, but {type(checkpointers[0]).__name__} is among the callbacks. Remove one of the two."
+        )
+    if checkpointing is not False and not checkpointers:
+        from milepost.callbacks.model_checkpoint import ModelCheckpoint
+
+        found.append(ModelCheckpoint())
+    if progress_bar and not any(hasattr(c, "get_metrics") for c in found):
+        from milepost.callbacks.progress import RichProgressBar
+
+        found.append(RichProgressBar())
+    if max_time is not None:
+        from milepost.callbacks.timer import Timer
+
+        found.append(Timer(duration=max_time))
+    if model_summary:
+        from milepost.callbacks.model_summary import ModelSummary
+
+        if not any(isinstance(c, ModelSummary) for c in found):
+            found.append(ModelSummary())
+    return _checkpointers_last(found)
+
+
+def _checkpointers_last(found: list[Callback]) -> list[Callback]:
+    return [c for c in found if not isinstance(c, Checkpoint)] + [c for c in found if isinstance(c, Checkpoint)]
+
+
+def attach_module_callbacks(trainer: Trainer, model: Module) -> None:
+    """Add what ``model.configure_callbacks`` returns; it replaces callbacks of the same type."""
+    own = model.configure_callbacks() or []
+    own = list(own) if isinstance(own, (list, tuple)) else [own]
+    if not own:
+        return
+    types = {type(c) for c in own}
+    trainer.callbacks = _checkpointers_last([c for c in trainer.callbacks if type(c) not in types] + own)
+
+
+def checked_module(model: Any, previous: Any, fn: str) -> Module:
+    """The module to run, taken out of ``torch.compile``'s wrapper."""
+    if model is None:
+        if previous is None:
+            raise TypeError(f"`Trainer.{fn}()` needs a model: none was passed, and none was run before.")
+        model = previous
+    original = getattr(model, "_orig_mod", None)
+    if original is not None:
+        model = _compiled(model, original)
+    if not isinstance(model, Module):
+        raise TypeError(f"`Trainer.{fn}()` needs a milepost.Module, got {type(model).__name__}.")
+    return model
+
+
+def _compiled(wrapper: Any, original: Module) -> Module:
+    """Train the original module, whose steps call the compiled forward: hooks, names and keys stay its own."""
+    original.forward = wrapper.dynamo_ctx(original.forward)  # type: ignore[method-assign]
+    return original
+
+
+def checked_data(loaders: dict[str, Any], datamodule: Any) -> tuple[dict[str, Any], DataModule | None]:
+    """A DataModule may stand in the place of loaders, but not beside them."""
+    for name, value in loaders.items():
+        if isinstance(value, DataModule):
+            if datamodule is not None:
+                raise MisconfigurationException("Two DataModules were given: one as loaders, one as `datamodule`.")
+            datamodule, loaders = value, {**loaders, name: None}
+    if datamodule is not None and any(v is not None for v in loaders.values()):
+        raise MisconfigurationException("Both loaders and a `datamodule` were given: pass one of them.")
+    return loaders, datamodule
+
+
+def requeue_path(directory: str) -> str:
+    """Next free name of a requeue file, keyed by the SLURM job: two jobs in one directory keep apart."""
+    job = os.environ.get("SLURM_JOB_ID", "local")
+    pattern = re.compile(rf"hpc_ckpt_{re.escape(job)}_(\d+)\.ckpt")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    taken = [int(m.group(1)) for p in Path(directory).iterdir() if (m := pattern.fullmatch(p.name))]
+    return str(Path(directory) / f"hpc_ckpt_{job}_{max(taken, default=0) + 1}.ckpt")

@@ -1,0 +1,156 @@
+"""The loops of validate, test and predict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost.data.rng import isolated_rng
+from milepost.errors import MisconfigurationException, SIGTERMException
+from milepost.trainer.module import Module, is_overridden, takes_argument
+from milepost.trainer.sources import evaluation_stream
+
+if TYPE_CHECKING:
+    from milepost.data.stream import BatchStream
+    from milepost.trainer.trainer import Trainer
+
+_PREFIX = {"validation": "val", "test": "test", "predict": "predict"}
+
+
+class EvaluationLoop:
+    """Runs one of the three; `stage` is the word in its hooks: ``validation``, ``test`` or ``predict``."""
+
+    def __init__(self, trainer: Trainer, stage: str) -> None:
+        self.trainer = trainer
+        self.stage = stage
+        self.stream: BatchStream | None = None
+        self.predictions: list[list[Any]] = []
+        self._loaded_epoch: int | None = None
+
+    @property
+    def num_batches(self) -> list[int | float]:
+        if self.stream is None:
+            return []
+        batches = self.stream.num_batches
+        return list(batches) if isinstance(batches, list) else [batches]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to run: a step is defined, batches are not limited to none."""
+        step_defined = self.stage == "predict" or is_overridden(f"{self.stage}_step", self.trainer.lightning_module, Module)
+        return step_defined and getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches") != 0
+
+    def load_data(self, force: bool = False) -> None:
+        """Ask for the loaders, again only when `reload_dataloaders_every_n_epochs` says so."""
+        every, epoch = self.trainer.reload_dataloaders_every_n_epochs, self.trainer.current_epoch
+        due = bool(every) and self._loaded_epoch is not None and epoch - self._loaded_epoch >= every
+        if self.stream is None or force or due:
+            limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
+            self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], limit)
+            self._loaded_epoch = epoch
+
+    def run(self, max_batches: int | None = None) -> list[dict[str, float]]:
+        """One pass over the loaders. Returns one dict of metrics per loader."""
+        trainer, stage = self.trainer, self.stage
+        self.load_data()
+        stream = self.stream
+        if stream is None or not self.enabled or sum(self.num_batches) == 0:
+            return []
+        module = trainer.lightning_module
+        modes = {m: m.training for m in module.modules()}
+        training_metrics = trainer.metrics.current
+        trainer.metrics.begin_epoch(training=False)
+        getattr(module, f"on_{stage}_model_eval")()
+        self.predictions = [[] for _ in self.num_batches]
+        with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
+            trainer.call(f"on_{stage}_start")
+            trainer.call(f"on_{stage}_epoch_start")
+            self._run_batches(stream, max_batches)
+            trainer.call(f"on_{stage}_epoch_end")
+            results = self._publish()
+            trainer.call(f"on_{stage}_end")
+        trainer.metrics.reset_metric_objects()
+        trainer.metrics.current = training_metrics
+        self._restore_modes(module, modes)
+        return results
+
+    def _run_batches(self, stream: BatchStream, max_batches: int | None) -> None:
+        trainer = self.trainer
+        several = len(self.num_batches) > 1
+        # the data's own randomness never moves the model's: validating or not leaves training bit-identical
+        stream.begin(trainer.current_epoch)
+        for batch, batch_idx, dataloader_idx in stream:
+            if max_batches is not None and batch_idx >= max_batches:
+                if dataloader_idx == len(self.num_batches) - 1:
+                    break
+                continue
+            self._run_batch(batch, batch_idx, dataloader_idx, several)
+            if trainer.received_sigterm and trainer.state.fn != "fit":
+                raise SIGTERMException
+
+    def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool) -> None:
+        trainer, stage = self.trainer, self.stage
+        batch = trainer.to_device(batch, dataloader_idx)
+        trainer.metrics.begin_batch(batch, f"/dataloader_idx_{dataloader_idx}" if several else "")
+        position = (batch, batch_idx, dataloader_idx) if several else (batch, batch_idx)
+        trainer.call(f"on_{stage}_batch_start", *position)
+        with (
+            trainer.precision_plugin.forward_context(),
+            trainer.in_hook(f"{stage}_step"),
+            trainer.profile(f"{stage}_step"),
+        ):
+            output = trainer.call_step(f"{stage}_step", *position)
+        trainer.call(f"on_{stage}_batch_end", output, *position)
+        if stage == "predict":
+            self.predictions[dataloader_idx].append(output)
+        elif not trainer.sanity_checking:
+            trainer.log_to_loggers(trainer.metrics.step_values(), step=batch_idx)
+
+    def _publish(self) -> list[dict[str, float]]:
+        trainer = self.trainer
+        results = trainer.metrics.evaluation_results()
+        values = trainer.metrics.end_epoch()
+        if not trainer.sanity_checking and self.stage != "predict":
+            trainer.log_to_loggers(values, step=trainer.logger_step)
+            trainer.metrics.logged.update(values)
+        per_loader: list[dict[str, float]] = []
+        for index in range(len(self.num_batches)):
+            suffix = f"/dataloader_idx_{index}"
+            per_loader.append({k: v for k, v in results.items() if "/dataloader_idx_" not in k or k.endswith(suffix)})
+        return per_loader
+
+    def _restore_modes(self, module: Module, modes: dict[torch.nn.Module, bool]) -> None:
+        name = f"on_{self.stage}_model_train"
+        if is_overridden(name, module, Module):
+            getattr(module, name)()
+            return
+        for part, training in modes.items():
+            part.training = training
+
+    def sanity_check(self, batches: int) -> None:
+        """Run a few validation batches before training: mistakes show at once. Metrics and random state are put back."""
+        trainer = self.trainer
+        self.load_data()
+        if self.stream is None or not self.enabled or batches == 0:
+            return
+        with isolated_rng():
+            trainer.call("on_sanity_check_start")
+            self.run(max_batches=None if batches == -1 else batches)
+            trainer.call("on_sanity_check_end")
+        trainer.metrics.callback.clear()
+        trainer.metrics.steps.clear()
+        trainer.metrics.progress_bar.clear()
+
+
+def check_step_signature(module: Module, stage: str, loaders: int) -> None:
+    """Several loaders need a step that takes `dataloader_idx`.
+
+    Raises:
+        MisconfigurationException: it does not.
+    """
+    step = getattr(module, f"{stage}_step")
+    if loaders > 1 and not takes_argument(step, "dataloader_idx", 3):
+        raise MisconfigurationException(
+            f"{stage}_step of {type(module).__name__} does not take `dataloader_idx`, but there are {loaders} loaders. Add the argument."
+        )

@@ -1,0 +1,269 @@
+"""The fit loop, top to bottom: epochs, batches, validation; and where a resumed run enters it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost.errors import MisconfigurationException, SIGTERMException
+from milepost.trainer.optimization import Optimization
+from milepost.trainer.progress import FitProgress, Phase
+from milepost.trainer.sources import training_stream
+
+if TYPE_CHECKING:
+    from milepost.data.rng import RngState
+    from milepost.data.stream import BatchStream
+    from milepost.trainer.trainer import Trainer
+
+
+class FitLoop:
+    """Trains. Everything that a restart needs to know of its position is in `progress`, `phase` and the stream's state."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.progress = FitProgress()
+        self.optimization = Optimization(trainer, self.progress)
+        self.phase = Phase.BETWEEN_EPOCHS
+        self.stream: BatchStream | None = None
+        self.stream_state: dict[str, Any] | None = None  # of a checkpoint, until the stream is there
+        self.rng_state: RngState | None = None  # of a checkpoint, until the loop goes on
+        self.resumed: Phase | None = None
+        self.val_check_batch: int | float = math.inf
+        self._loaded_epoch: int | None = None
+        self._last_validation_time = 0.0
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        trainer = self.trainer
+        resumed, self.resumed = self.resumed, None
+        self._load_data(force=True)
+        if self.stream is None or self.stream.num_batches == 0 or (self._done() and resumed is not Phase.EPOCH_END):
+            return
+        torch.set_grad_enabled(True)
+        self._last_validation_time = time.monotonic()
+        trainer.call("on_train_start")
+        while not self._done() or resumed is Phase.EPOCH_END:
+            self._run_epoch(resumed)
+            resumed = None
+        trainer.call("on_train_end")
+
+    def _run_epoch(self, resumed: Phase | None) -> None:
+        midway = resumed not in (None, Phase.BETWEEN_EPOCHS)
+        self._begin_epoch(midway, resumed)
+        if resumed is not Phase.EPOCH_END:
+            if resumed is Phase.BATCH_END:
+                self._finish_batch()
+            while not self._epoch_done():
+                if self._run_batch():
+                    break
+                self._finish_batch()
+            self._end_epoch()
+        self._close_epoch()
+
+    def _begin_epoch(self, midway: bool, resumed: Phase | None) -> None:
+        trainer, progress = self.trainer, self.progress
+        self._load_data()
+        assert self.stream is not None
+        if not midway:
+            progress.batch.reset_current()
+            for counts in (progress.optimizer_step, progress.zero_grad, progress.scheduler):
+                counts.reset_current()
+            trainer.metrics.begin_epoch(training=True)
+            progress.epoch.add("ready")
+        if midway and self.stream_state is not None:
+            self.stream.load_state_dict(self.stream_state)
+        self.stream_state = None
+        if resumed is not Phase.EPOCH_END:
+            self.stream.begin(progress.epoch.current.processed)
+        if self.rng_state is not None:  # last of all: making the iterator may have drawn random numbers
+            self.rng_state.restore()
+            self.rng_state = None
+        if not midway:
+            self.phase = Phase.EPOCH_START
+            trainer.call("on_train_epoch_start")
+        if not midway or resumed is Phase.EPOCH_START:
+            progress.epoch.add("started")
+            self.phase = Phase.BATCH_DONE
+
+    def _run_batch(self) -> bool:
+        """Train on one batch. Returns whether the rest of the epoch is to be skipped."""
+        trainer, progress, stream = self.trainer, self.progress, self.stream
+        assert stream is not None
+        try:
+            with trainer.profile("train_dataloader_next"):
+                batch, batch_idx, _ = next(stream)
+        except StopIteration:  # a loader of unknown length that was shorter than it said
+            progress.batch.is_last_batch = True
+            return True
+        progress.batch.is_last_batch = stream.is_last
+        batch = trainer.to_device(batch)
+        progress.batch.add("ready")
+        trainer.metrics.begin_batch(batch)
+        outputs, skip = None, False
+        if batch is None:
+            trainer.warn_once("train_dataloader yielded None; the batch is skipped.")
+        else:
+            skip = trainer.call("on_train_batch_start", batch, batch_idx) == -1
+            if not skip:
+                progress.batch.add("started")
+                outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
+        progress.batch.add("processed")
+        if not self.accumulating:
+            self.optimization.step_schedulers("step", plateau=False, index=batch_idx + 1)
+        if self._last_batch_reached:
+            self.optimization.step_schedulers("epoch", plateau=False, index=trainer.current_epoch + 1)
+        if skip:
+            progress.batch.add("completed")
+            return True
+        self.phase = Phase.BATCH_END
+        trainer.call("on_train_batch_end", outputs, batch, batch_idx)
+        progress.batch.add("completed")
+        trainer.log_step_metrics()
+        return False
+
+    def _finish_batch(self) -> None:
+        """What a batch may bring after its own hooks: validation, plateau schedulers, a stop that was asked for."""
+        trainer, progress = self.trainer, self.progress
+        if progress.batch.current.completed < progress.batch.current.processed:
+            progress.batch.add("completed")  # resumed from inside on_train_batch_end
+        self.phase = Phase.BATCH_DONE
+        if self._validation_due():
+            if not self.accumulating:
+                trainer.lightning_module.on_validation_model_zero_grad()
+            trainer.run_validation()
+            self._last_validation_time = time.monotonic()
+        if not self.accumulating:
+            self.optimization.step_schedulers("step", plateau=True, index=progress.batch.current.ready)
+            progress.batches_that_stepped += 1
+        if trainer.should_stop:
+            for logger in trainer.loggers:
+                logger.save()
+        trainer.act_on_signals()
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def _end_epoch(self) -> None:
+        trainer = self.trainer
+        self.progress.epoch.add("processed")
+        self.phase = Phase.EPOCH_END
+        trainer.call("on_train_epoch_end", monitors_last=True)
+
+    def _close_epoch(self) -> None:
+        trainer, progress = self.trainer, self.progress
+        cut = not self._last_batch_reached
+        if not cut:
+            self.optimization.step_schedulers("epoch", plateau=True, index=trainer.current_epoch + 1)
+        trainer.log_epoch_metrics(step=max(progress.batches_that_stepped - 1, 0))
+        progress.epoch.add("completed")
+        self.phase = Phase.BETWEEN_EPOCHS
+
+    # ---- decisions -----------------------------------------------------------------------------------------------
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether the current batch only adds to the gradients."""
+        boundary = self.progress.batch.current.ready % self.trainer.accumulate_grad_batches == 0
+        return not boundary and not self._last_batch_reached
+
+    @property
+    def _last_batch_reached(self) -> bool:
+        assert self.stream is not None
+        return self.progress.batch.current.ready == self.stream.num_batches or self.progress.batch.is_last_batch
+
+    @property
+    def global_step(self) -> int:
+        module = self.trainer.lightning_module
+        manual = module is not None and not module.automatic_optimization
+        return (self.progress.manual_step if manual else self.progress.optimizer_step).total.completed
+
+    @property
+    def can_stop_early(self) -> bool:
+        trainer = self.trainer
+        return self.progress.epoch.current.processed >= (trainer.min_epochs or 0) and self.global_step >= (trainer.min_steps or 0)
+
+    def _steps_done(self) -> bool:
+        return self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps
+
+    def _done(self) -> bool:
+        trainer = self.trainer
+        epochs = trainer.max_epochs is not None and trainer.max_epochs != -1 and self.progress.epoch.current.processed >= trainer.max_epochs
+        return self._steps_done() or epochs or (trainer.should_stop and self.can_stop_early)
+
+    def _epoch_done(self) -> bool:
+        trainer = self.trainer
+        if self._steps_done() or (self._last_batch_reached and self.progress.batch.current.ready > 0):
+            return True
+        if trainer.should_stop and not self.can_stop_early:
+            trainer.warn_once(f"A stop was asked for, but min_epochs={trainer.min_epochs!r} or min_steps={trainer.min_steps!r} is not met yet: training goes on.")
+        return trainer.should_stop and self.can_stop_early
+
+    def _validation_due(self) -> bool:
+        trainer, progress = self.trainer, self.progress
+        if not trainer.enable_validation:
+            return False
+        every = trainer.check_val_every_n_epoch
+        if every is not None and (trainer.current_epoch + 1) % every:
+            return False
+        last = self._last_batch_reached
+        if trainer.should_stop and self.can_stop_early:
+            return True
+        if trainer.val_check_seconds is not None:
+            return time.monotonic() - self._last_validation_time >= trainer.val_check_seconds
+        if math.isinf(self.val_check_batch):
+            return last
+        ready = progress.batch.total.ready if every is None else progress.batch.current.ready
+        return ready % int(self.val_check_batch) == 0
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _load_data(self, force: bool = False) -> None:
+        trainer = self.trainer
+        epoch = self.progress.epoch.current.processed
+        every = trainer.reload_dataloaders_every_n_epochs
+        due = bool(every) and self._loaded_epoch is not None and epoch - self._loaded_epoch >= every
+        if not (force or due or self._loaded_epoch is None):
+            return
+        if self.stream is not None and (due or force):
+            self.stream.close()
+        self.stream = training_stream(trainer)
+        self._loaded_epoch = epoch
+        if self.stream is not None:
+            self.val_check_batch = self._val_check_batch(self.stream.num_batches)
+
+    def _val_check_batch(self, batches: int | float) -> int | float:
+        trainer = self.trainer
+        interval = trainer.val_check_interval
+        if trainer.val_check_seconds is not None:
+            return math.inf
+        if isinstance(interval, int):
+            if interval > batches and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
+                raise ValueError(
+                    f"val_check_interval={interval} is more than the {batches} training batches of an epoch. Use at most that, "
+                    "or check_val_every_n_epoch=None to count batches across epochs, or limit_val_batches=0 for no validation."
+                )
+            return interval
+        if math.isinf(batches):
+            if interval == 1.0:
+                return math.inf
+            raise MisconfigurationException(
+                f"val_check_interval={interval} is a fraction of an epoch whose length is unknown. Give an int (batches) or 1.0."
+            )
+        return max(1, int(batches * interval))
+
+    # ---- names that callbacks read ---------------------------------------------------------------------------------
+
+    @property
+    def epoch_progress(self) -> Any:
+        return self.progress.epoch
+
+    @property
+    def batch_idx(self) -> int:
+        return self.progress.batch.current.ready - 1
+
+    @property
+    def total_batch_idx(self) -> int:
+        return self.progress.batch.total.ready - 1

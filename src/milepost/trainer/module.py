@@ -1,0 +1,371 @@
+"""The module that a Trainer trains: a torch Module that knows its steps, optimizers and data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from milepost.errors import MisconfigurationException, ResumeError
+from milepost.trainer.hparams import Hyperparameters, instantiate
+from milepost.trainer.state import read_checkpoint, without_compile_prefix
+
+if TYPE_CHECKING:
+    from milepost.loggers.logger import Logger
+    from milepost.trainer.trainer import Trainer
+
+
+class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters):
+    """Define `training_step` and `configure_optimizers`, hand it to ``Trainer.fit``.
+
+    Also exported as ``LightningModule``; methods, hooks and attributes carry the names that Lightning users know.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trainer: Trainer | None = None
+        self._automatic_optimization = True
+        self._strict_loading: bool | None = None
+        self._current_hook: str | None = None
+        self._toggled: dict[nn.Parameter, bool] = {}
+        self.example_input_array: Any = None
+        self.allow_zero_length_dataloader_with_multiple_devices = False
+
+    # ---- what the run offers -------------------------------------------------------------------------------------
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs this module. Raises RuntimeError when there is none."""
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__qualname__} is not attached to a `Trainer`: pass it to `trainer.fit` first.")
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self._trainer = trainer
+        for child in self.children():
+            if isinstance(child, Module):
+                child.trainer = trainer  # type: ignore[assignment]
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """Whether the Trainer calls backward, step and zero_grad. Set False in ``__init__`` to do it yourself."""
+        return self._automatic_optimization
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        self._automatic_optimization = value
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must hold exactly this module's keys."""
+        return True if self._strict_loading is None else self._strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, value: bool) -> None:
+        self._strict_loading = value
+
+    @property
+    def current_epoch(self) -> int:
+        return self._trainer.current_epoch if self._trainer else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._trainer.global_step if self._trainer else 0
+
+    @property
+    def global_rank(self) -> int:
+        return self._trainer.global_rank if self._trainer else 0
+
+    @property
+    def local_rank(self) -> int:
+        return self._trainer.local_rank if self._trainer else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter or buffer; the CPU where there is none."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first floating-point parameter; torch's default where there is none."""
+        for tensor in self.parameters():
+            if tensor.is_floating_point():
+                return tensor.dtype
+        return torch.get_default_dtype()
+
+    @property
+    def logger(self) -> Logger | None:
+        return self._trainer.logger if self._trainer else None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        return self._trainer.loggers if self._trainer else []
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank zero only."""
+        if self.global_rank == 0:
+            print(*args, **kwargs)
+
+    # ---- what the user defines -----------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss: a scalar tensor, a dict with the key ``loss``, or None to skip the batch."""
+        raise MisconfigurationException(f"{type(self).__name__} has no `training_step`, which `Trainer.fit` needs.")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of validation."""
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of testing."""
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One batch of prediction; the module is called on it unless this is overridden."""
+        return self(args[0] if args else next(iter(kwargs.values())))
+
+    def configure_optimizers(self) -> Any:
+        """Return an optimizer, a list of them, ``(optimizers, schedulers)``, a dict, or None."""
+        raise MisconfigurationException(
+            f"{type(self).__name__} has no `configure_optimizers`, which `Trainer.fit` needs. Return None from it to "
+            "train without an optimizer."
+        )
+
+    def configure_callbacks(self) -> Any:
+        """Callbacks that come with the module; one of the same type given to the Trainer is replaced."""
+        return []
+
+    # ---- logging -------------------------------------------------------------------------------------------------
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Record a metric: a number, a scalar tensor, or a torchmetrics Metric.
+
+        Args:
+            name: key in ``trainer.callback_metrics`` and for the loggers; ``_step`` and ``_epoch`` are appended when
+                both are recorded.
+            on_step: record this batch's value. Default: True in the training step.
+            on_epoch: record the epoch's reduction. Default: True in validation and test.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a tensor.
+            batch_size: weight of the mean; read off the batch where it is not given.
+        """
+        if self._trainer is None or self._current_hook is None:
+            return  # not in a run: a step called by hand from a test or a notebook logs nothing
+        self._trainer.metrics.record(
+            self._current_hook,
+            name,
+            value,
+            prog_bar=prog_bar,
+            logger=True if logger is None else logger,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            reduce_fx=reduce_fx,
+            enable_graph=enable_graph,
+            add_dataloader_idx=add_dataloader_idx,
+            batch_size=batch_size,
+        )
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """`log` each item of `dictionary` (a torchmetrics MetricCollection too) with the same `options`."""
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
+    # ---- optimization --------------------------------------------------------------------------------------------
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimizer, or the list of them; steps taken through them count as ``global_step``."""
+        steppers = self.trainer.optimization.steppers if use_pl_optimizer else self.trainer.optimizers
+        return steppers[0] if len(steppers) == 1 else list(steppers)
+
+    def lr_schedulers(self) -> Any:
+        """None, the scheduler, or the list of them."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return None if not schedulers else schedulers[0] if len(schedulers) == 1 else schedulers
+
+    def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """``loss.backward()`` with the precision's scaling and the hooks around it."""
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                "manual_backward is for manual optimization: set `self.automatic_optimization = False` in __init__."
+            )
+        self.trainer.optimization.backward(loss, *args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Override to change how gradients are computed."""
+        loss.backward(*args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
+    ) -> None:
+        """Override to change when the optimizer steps; call ``optimizer.step(closure=optimizer_closure)`` inside."""
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Override to change how gradients are cleared."""
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Override for schedulers whose ``step`` takes something of its own."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Override to clip differently; the default clips as the Trainer was told."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of `optimizer`'s parameters, by ``"norm"`` (default) or ``"value"``."""
+        if gradient_clip_val:
+            self.trainer.precision_plugin.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:
+        """Only `optimizer`'s parameters require gradients inside."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Freeze the parameters of every other optimizer, until `untoggle_optimizer`."""
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        for other in self.trainer.optimizers:
+            for parameter in (p for group in other.param_groups for p in group["params"]):
+                if parameter not in mine and parameter not in self._toggled:
+                    self._toggled[parameter] = parameter.requires_grad
+                    parameter.requires_grad = False
+
+    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Undo `toggle_optimizer`."""
+        for parameter, required in self._toggled.items():
+            parameter.requires_grad = required
+        self._toggled = {}
+
+    def freeze(self) -> None:
+        """Stop training every parameter, and put the module in eval mode."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Train every parameter again."""
+        self.requires_grad_(True)
+        self.train()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Build the module from the hyper-parameters in a checkpoint and load its weights.
+
+        The caller's random state is left alone.
+
+        Args:
+            checkpoint_path: a file written by Milepost or by Lightning.
+            map_location: where tensors go; the CPU by default.
+            strict: whether keys must match exactly; the module's ``strict_loading`` by default.
+            weights_only: False loads pickled objects too, which runs code of the file: only for files that you trust.
+            kwargs: constructor arguments that override saved hyper-parameters.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file is missing, damaged, unsafe.
+            ResumeError: keys of the checkpoint and of the module differ, and `strict` holds.
+        """
+        if hparams_file is not None:
+            raise MisconfigurationException(
+                f"hparams_file={hparams_file!r}: hyper-parameters are read from the checkpoint. Pass others as keyword "
+                "arguments."
+            )
+        checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
+        model = instantiate(
+            cls, checkpoint.get("hyper_parameters", {}), kwargs, name=checkpoint.get("hparams_name") or "kwargs"
+        )
+        model.configure_model()
+        model.on_load_checkpoint(checkpoint)
+        load_weights(model, checkpoint, strict=model.strict_loading if strict is None else strict)
+        return model
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
+    """Load ``checkpoint["state_dict"]`` into `model`; keys that torch.compile prefixed are understood.
+
+    Raises:
+        ResumeError: keys or shapes differ and `strict` holds.
+    """
+    if "state_dict" not in checkpoint:
+        raise ResumeError(f"The checkpoint holds no `state_dict`; its keys are {sorted(map(str, checkpoint))}.")
+    state = without_compile_prefix(checkpoint["state_dict"])
+    names = {without_compile_prefix({k: None}).copy().popitem()[0]: k for k in model.state_dict()}
+    state = {names.get(k, k): v for k, v in state.items()}
+    try:
+        model.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        raise ResumeError(
+            f"The checkpoint does not fit {type(model).__name__}: {error}\nIf the difference is meant, pass strict=False "
+            "to load_from_checkpoint, or set `strict_loading = False` on the module."
+        ) from error
+
+
+def is_overridden(method: str, instance: object, base: type) -> bool:
+    """Whether `instance` brings its own `method`, rather than `base`'s."""
+    own = getattr(instance, method, None)
+    return own is not None and getattr(own, "__func__", own) is not getattr(base, method, None)
+
+
+def takes_argument(function: Any, name: str, minimum: int) -> bool:
+    """Whether `function` takes a parameter called `name`, or at least `minimum` positional ones, or ``*args``."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (
+        any(p.name == name for p in parameters)
+        or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        or len(positional) >= minimum
+    )
+
+
+LightningModule = Module
+__all__ = ["LightningModule", "Module", "is_overridden", "load_weights", "takes_argument"]

@@ -1,0 +1,249 @@
+"""Optimizers and schedulers: taking in what `configure_optimizers` returns, and making one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from milepost.errors import MisconfigurationException
+from milepost.trainer.progress import FitProgress
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+
+@dataclass
+class SchedulerConfig:
+    """One scheduler, and when it moves. Fields are the keys that `configure_optimizers` may give."""
+
+    scheduler: Any
+    name: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True
+
+
+def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """Read any of the forms that `configure_optimizers` may return.
+
+    Raises:
+        MisconfigurationException: another form, an unknown key, or a plateau scheduler without a monitor.
+    """
+    if returned is None:
+        return [], []
+    if isinstance(returned, Optimizer):
+        return [returned], []
+    if isinstance(returned, Mapping):
+        return _from_mappings([returned])
+    if isinstance(returned, (list, tuple)):
+        if len(returned) == 2 and isinstance(returned[0], (list, tuple)) and all(isinstance(o, Optimizer) for o in returned[0]):
+            schedulers = returned[1] if isinstance(returned[1], (list, tuple)) else [returned[1]]
+            return list(returned[0]), [_scheduler(s) for s in schedulers if s is not None]
+        if all(isinstance(o, Optimizer) for o in returned):
+            return list(returned), []
+        if all(isinstance(o, Mapping) for o in returned):
+            return _from_mappings(list(returned))
+    raise MisconfigurationException(
+        f"configure_optimizers returned {type(returned).__name__}: {returned!r}. Return an optimizer, a list of them, "
+        "(optimizers, schedulers), a dict with the keys optimizer and lr_scheduler, or None."
+    )
+
+
+def _from_mappings(items: list[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    configs = []
+    for item in items:
+        if unknown := set(item) - {"optimizer", "lr_scheduler", "monitor", "frequency"}:
+            raise MisconfigurationException(
+                f"configure_optimizers returned a dict with the key {sorted(unknown)[0]!r}. Its keys may be optimizer, "
+                "lr_scheduler, monitor."
+            )
+        if (given := item.get("lr_scheduler")) is not None:
+            configs.append(_scheduler(given, monitor=item.get("monitor")))
+    return [item["optimizer"] for item in items], configs
+
+
+def _scheduler(given: Any, monitor: str | None = None) -> SchedulerConfig:
+    options = dict(given) if isinstance(given, Mapping) else {"scheduler": given}
+    unknown = set(options) - set(SchedulerConfig.__dataclass_fields__)
+    if unknown or "scheduler" not in options:
+        raise MisconfigurationException(
+            f"lr_scheduler={options!r}: it needs the key 'scheduler' and may have "
+            f"{sorted(set(SchedulerConfig.__dataclass_fields__) - {'scheduler'})}."
+        )
+    config = SchedulerConfig(**{"monitor": monitor, **options})
+    config.reduce_on_plateau = config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
+    if config.interval not in ("step", "epoch"):
+        raise MisconfigurationException(f"lr_scheduler interval={config.interval!r}: use 'step' or 'epoch'.")
+    if config.reduce_on_plateau and config.monitor is None:
+        raise MisconfigurationException("ReduceLROnPlateau needs a metric: give the lr_scheduler dict the key 'monitor'.")
+    if not isinstance(config.scheduler, LRScheduler) and not hasattr(config.scheduler, "step"):
+        raise MisconfigurationException(f"lr_scheduler={config.scheduler!r} has no method `step`.")
+    return config
+
+
+class Stepper:
+    """What ``self.optimizers()`` and the hook `optimizer_step` give the user: an optimizer whose steps are counted."""
+
+    def __init__(self, optimizer: Optimizer, step: Callable[[Optimizer, Any], Any]) -> None:
+        self.optimizer = optimizer
+        self._step = step
+
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """Step through the precision plugin; counts as one ``global_step``."""
+        return self._step(self.optimizer, closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+class Optimization:
+    """Runs one batch's optimization for the fit loop."""
+
+    def __init__(self, trainer: Trainer, progress: FitProgress) -> None:
+        self._trainer = trainer
+        self._progress = progress
+        self.steppers: list[Stepper] = []
+        self._last_output: Any = None
+
+    def attach(self, optimizers: list[Optimizer]) -> None:
+        module = self._trainer.lightning_module
+        step = self._automatic_step if module.automatic_optimization else self._manual_step
+        self.steppers = [Stepper(optimizer, step) for optimizer in optimizers]
+
+    def run_batch(self, batch: Any, batch_idx: int, accumulating: bool) -> Any:
+        """Run the training step and what follows from it. Returns what the batch-end hooks get as ``outputs``."""
+        trainer = self._trainer
+        module = trainer.lightning_module
+        if not module.automatic_optimization:
+            return _output_dict(self._training_step(batch, batch_idx))
+        closure = self._closure(batch, batch_idx, accumulating)
+        if accumulating or not self.steppers:
+            with torch.enable_grad():
+                closure()
+        else:
+            self._progress.optimizer_step.add("ready")
+            with trainer.in_hook("optimizer_step"):
+                module.optimizer_step(trainer.current_epoch, batch_idx, self.steppers[0], closure)
+            if self._last_output is _NOT_RUN:
+                raise MisconfigurationException(
+                    f"{type(module).__name__}.optimizer_step did not run the closure: call "
+                    "optimizer.step(closure=optimizer_closure), or optimizer_closure() yourself."
+                )
+            self._progress.optimizer_step.add("completed")
+        output, self._last_output = self._last_output, None
+        return output
+
+    def _training_step(self, batch: Any, batch_idx: int) -> Any:
+        trainer = self._trainer
+        with trainer.precision_plugin.forward_context(), trainer.in_hook("training_step"), trainer.profile("training_step"):
+            return trainer.call_step("training_step", batch, batch_idx)
+
+    def _closure(self, batch: Any, batch_idx: int, accumulating: bool) -> Callable[[], Any]:
+        self._last_output = _NOT_RUN
+        first = batch_idx % self._trainer.accumulate_grad_batches == 0
+
+        @torch.enable_grad()  # type: ignore[untyped-decorator]
+        def closure() -> torch.Tensor | None:
+            output = self._training_step(batch, batch_idx)
+            loss = _loss_of(output)
+            self._last_output = _output_dict(output)
+            if loss is None:
+                return None
+            if first:
+                self._zero_grad(batch_idx)
+            self.backward(loss / self._trainer.accumulate_grad_batches)
+            return loss.detach()
+
+        return closure
+
+    def _zero_grad(self, batch_idx: int) -> None:
+        trainer = self._trainer
+        for stepper in self.steppers:
+            self._progress.zero_grad.add("ready")
+            trainer.call("on_before_zero_grad", stepper.optimizer)
+            self._progress.zero_grad.add("started")
+            trainer.lightning_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, stepper.optimizer)
+            self._progress.zero_grad.add("completed")
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        scaled = trainer.precision_plugin.scale(loss)
+        trainer.call("on_before_backward", scaled)
+        trainer.lightning_module.backward(scaled, *args, **kwargs)
+        trainer.call("on_after_backward")
+
+    def _automatic_step(self, optimizer: Optimizer, closure: Any) -> Any:
+        return self._precise_step(optimizer, closure)
+
+    def _manual_step(self, optimizer: Optimizer, closure: Any) -> Any:
+        self._progress.manual_step.add("ready")
+        result = self._precise_step(optimizer, closure or (lambda: None), clip=False)
+        self._progress.manual_step.add("completed")
+        return result
+
+    def _precise_step(self, optimizer: Optimizer, closure: Any, clip: bool = True) -> Any:
+        trainer = self._trainer
+
+        def before_step() -> None:
+            trainer.call("on_before_optimizer_step", optimizer)
+            if clip:
+                with trainer.in_hook("configure_gradient_clipping"):
+                    trainer.lightning_module.configure_gradient_clipping(
+                        optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+                    )
+
+        return trainer.precision_plugin.step(optimizer, closure, before_step)
+
+    def step_schedulers(self, interval: str, *, plateau: bool, index: int) -> None:
+        """Move the schedulers that are due at `index` (counted from 1) of `interval`."""
+        trainer = self._trainer
+        if not trainer.lightning_module.automatic_optimization:
+            return
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau != plateau or config.interval != interval or index % config.frequency:
+                continue
+            metric = None
+            if plateau:
+                metric = trainer.callback_metrics.get(config.monitor or "")
+                if metric is None:
+                    message = (
+                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "
+                        f"Logged so far: {sorted(trainer.callback_metrics)}."
+                    )
+                    if config.strict:
+                        raise MisconfigurationException(message + " Log it, or set 'strict': False in the lr_scheduler dict.")
+                    trainer.warn_once(message + " The learning rate is left as it is.")
+                    continue
+            self._progress.scheduler.add("ready")
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
+            self._progress.scheduler.add("completed")
+
+
+_NOT_RUN = object()
+
+
+def _loss_of(output: Any) -> torch.Tensor | None:
+    if output is None or isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        loss: torch.Tensor = output["loss"]
+        return loss
+    raise MisconfigurationException(
+        f"training_step returned {type(output).__name__}: in automatic optimization return the loss tensor, a dict with the "
+        "key 'loss', or None to skip the batch."
+    )
+
+
+def _output_dict(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return {"loss": output.detach()}
+    if isinstance(output, Mapping):
+        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in output.items()}
+    return output

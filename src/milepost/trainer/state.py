@@ -1,0 +1,232 @@
+"""All that is saved of a run, and how it is put back. *What* is saved is decided here, *how* by the CheckpointIO.
+
+The keys are those of Lightning 2.6, so that its Trainer resumes our files and ours its. What Lightning lacks (random
+state, position in the data, accumulated gradients, running means) stands under the one key ``milepost``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost.data.rng import RngState
+from milepost.errors import ResumeError
+from milepost.plugins.io import checkpoint_io as io_calls
+from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.trainer.progress import Phase, evaluation_state, prediction_state
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+CONTRACT_VERSION = "2.6.6"
+"""Version of the checkpoint contract, stored where Lightning looks for its own."""
+
+_COMPILED = "_orig_mod."
+
+
+def without_compile_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as the uncompiled module has them: torch.compile puts ``_orig_mod.`` into them."""
+    return {key.replace(_COMPILED, ""): value for key, value in state.items()}
+
+
+def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a `.ckpt` file of ours or Lightning's for `load_from_checkpoint`."""
+    checkpoint: dict[str, Any] = io_calls.load(TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only)
+    return checkpoint
+
+
+# ---- saving ------------------------------------------------------------------------------------------------------
+
+
+def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
+    """Build the checkpoint of `trainer`'s present state. Consumes no random numbers."""
+    module = trainer.lightning_module
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": CONTRACT_VERSION,
+        "state_dict": without_compile_prefix(module.state_dict()),
+        "loops": {
+            "fit_loop": trainer.fit_loop.progress.state_dict(),
+            "validate_loop": evaluation_state(),
+            "test_loop": evaluation_state(),
+            "predict_loop": prediction_state(),
+        },
+    }
+    if not weights_only:
+        checkpoint["callbacks"] = callback_states(trainer)
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        if precision := trainer.precision_plugin.state_dict():
+            checkpoint[trainer.precision_plugin.state_key] = precision
+        checkpoint["milepost"] = _exact_state(trainer)
+    _dump_hyper_parameters(checkpoint, module, "")
+    if trainer.datamodule is not None:
+        _dump_hyper_parameters(checkpoint, trainer.datamodule, "datamodule_")
+        if state := trainer.datamodule.state_dict():
+            checkpoint[type(trainer.datamodule).__qualname__] = state
+    if not weights_only:
+        for callback in trainer.callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    if trainer.datamodule is not None:
+        trainer.datamodule.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _exact_state(trainer: Trainer) -> dict[str, Any]:
+    loop = trainer.fit_loop
+    state: dict[str, Any] = {
+        "version": 1,
+        "phase": str(loop.phase),
+        "world_size": trainer.world_size,
+        "data_seed": trainer.data_seed,
+        "rng": RngState.capture().state_dict(),
+        "metrics": trainer.metrics.state_dict(),
+    }
+    if loop.stream is not None and loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
+        state["data"] = loop.stream.state_dict()
+    module = trainer.lightning_module
+    if loop.accumulating or not module.automatic_optimization:
+        state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return state
+
+
+def callback_keys(trainer: Trainer) -> list[tuple[str, Any]]:
+    """Every callback with the key of its state. A second callback with the same key gets ``#2``."""
+    seen: dict[str, int] = {}
+    keyed = []
+    for callback in trainer.callbacks:
+        key = callback.state_key
+        seen[key] = seen.get(key, 0) + 1
+        keyed.append((key if seen[key] == 1 else f"{key}#{seen[key]}", callback))
+    return keyed
+
+
+def callback_states(trainer: Trainer) -> dict[str, Any]:
+    return {key: state for key, callback in callback_keys(trainer) if (state := callback.state_dict())}
+
+
+def _dump_hyper_parameters(checkpoint: dict[str, Any], owner: Any, prefix: str) -> None:
+    if owner.hparams:
+        checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", "kwargs")
+        checkpoint[f"{prefix}hyper_parameters"] = dict(owner.hparams)
+
+
+# ---- restoring ---------------------------------------------------------------------------------------------------
+
+
+def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Weights, data module and callbacks: before the optimizers exist. Hooks may edit `checkpoint` first."""
+    from milepost.trainer.module import load_weights
+
+    module = trainer.lightning_module
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint, strict=module.strict_loading)
+    datamodule = trainer.datamodule
+    if datamodule is not None:
+        datamodule.on_load_checkpoint(checkpoint)
+        if state := checkpoint.get(type(datamodule).__qualname__):
+            datamodule.load_state_dict(state)
+    if trainer.state.fn != "fit":
+        return
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    states = checkpoint.get("callbacks", {})
+    for key, callback in callback_keys(trainer):
+        if key in states:
+            callback.load_state_dict(states[key])
+    if missing := sorted(set(states) - {key for key, _ in callback_keys(trainer)}):
+        trainer.warn_once(
+            f"The checkpoint holds the state of callbacks that this Trainer does not have: {missing}. It is left out; add them "
+            "to Trainer(callbacks=...) if it is wanted."
+        )
+
+
+def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Precision, counters, optimizers, schedulers, gradients, and the position at which the loop goes on."""
+    if "optimizer_states" not in checkpoint:
+        raise ResumeError(
+            "The checkpoint holds the model only (it was saved with save_weights_only=True), so training cannot go on from it. "
+            "Load the weights with load_from_checkpoint and start a new fit."
+        )
+    precision = trainer.precision_plugin
+    if precision.state_key in checkpoint:
+        precision.load_state_dict(checkpoint[precision.state_key])
+    loop = trainer.fit_loop
+    loop.progress.load_state_dict(checkpoint["loops"]["fit_loop"])
+    _restore_optimizers(trainer, checkpoint)
+    exact = checkpoint.get("milepost")
+    loop.resumed = loop.phase = Phase(exact["phase"]) if exact else loop.progress.inferred_phase()
+    if loop.phase is Phase.BETWEEN_EPOCHS:
+        loop.progress.epoch.current.completed = loop.progress.epoch.current.processed
+    if trainer.max_epochs not in (None, -1) and trainer.current_epoch > trainer.max_epochs:
+        raise ResumeError(
+            f"The checkpoint stands at epoch {trainer.current_epoch}, but Trainer(max_epochs={trainer.max_epochs}) ends before it. "
+            "Raise max_epochs."
+        )
+    if exact:
+        _restore_exactly(trainer, exact)
+    elif loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
+        loop.stream_state = {"batches_seen": loop.progress.batch.current.processed}
+        trainer.warn_once(
+            "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor the order of "
+            "the data, so the rest of this epoch is not the one that Lightning would have trained on."
+        )
+
+
+def _restore_exactly(trainer: Trainer, exact: dict[str, Any]) -> None:
+    loop = trainer.fit_loop
+    trainer.data_seed = exact["data_seed"]
+    trainer.metrics.load_state_dict(exact["metrics"])
+    loop.stream_state = exact.get("data")
+    loop.rng_state = RngState.from_state_dict(exact["rng"])
+    parameters = dict(trainer.lightning_module.named_parameters())
+    for name, gradient in exact.get("gradients", {}).items():
+        if name in parameters:
+            parameters[name].grad = gradient.to(parameters[name].device)
+
+
+def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    states = checkpoint["optimizer_states"]
+    if len(states) != len(trainer.optimizers):
+        raise ResumeError(
+            f"The checkpoint holds {len(states)} optimizers, configure_optimizers returned {len(trainer.optimizers)}. They must "
+            "be the same to go on; to train on with others, load the weights with load_from_checkpoint."
+        )
+    for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        present = [len(group["params"]) for group in optimizer.param_groups]
+        if saved != present:
+            raise ResumeError(
+                f"{type(optimizer).__name__}: the checkpoint's parameter groups hold {saved} parameters, this run's {present}. "
+                "Build the optimizer over the same parameters."
+            )
+        expected, found = set(optimizer.param_groups[0]), set(state["param_groups"][0])
+        if missing := expected - found - {"initial_lr"}:
+            raise ResumeError(
+                f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was saved by "
+                "another class of optimizer. Use that one, or load the weights alone with load_from_checkpoint."
+            )
+        optimizer.load_state_dict(state)
+        _keep_saved_dtypes(optimizer, state)
+    schedulers = checkpoint.get("lr_schedulers", [])
+    if len(schedulers) != len(trainer.lr_scheduler_configs):
+        raise ResumeError(
+            f"The checkpoint holds {len(schedulers)} schedulers, configure_optimizers returned {len(trainer.lr_scheduler_configs)}."
+        )
+    for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(state)
+
+
+def _keep_saved_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """torch casts moments to the parameter's type on load: fp32 moments of bf16 parameters would lose bits."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in state["state"].get(number, {}).items():
+            live = optimizer.state[parameter].get(name)
+            if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor) and live.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(live.device, copy=True)
