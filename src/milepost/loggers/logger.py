@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milepost import _distributed
-
 if TYPE_CHECKING:
     from milepost.callbacks.checkpoint import Checkpoint
 
@@ -83,10 +81,10 @@ def plain_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, flo
 
 
 def next_version(root_dir: str) -> int:
-    """The first integer above every ``version_N`` folder in `root_dir`. The same on all ranks: rank 0 looks."""
-    return _distributed.broadcast_object(_first_free(Path(root_dir)) if _distributed.rank() == 0 else 0)
+    """The first integer above every ``version_N`` folder in `root_dir`, as this rank sees it.
 
-
-def _first_free(root: Path) -> int:
-    taken = [int(p.name[8:]) for p in root.glob("version_*") if p.is_dir() and p.name[8:].isdigit()]
+    No collective: a logger is written by rank 0 alone, and one that had to meet the other ranks there would wait for
+    them forever. What all ranks must agree on, the Trainer and the checkpoint callbacks take from rank 0.
+    """
+    taken = [int(p.name[8:]) for p in Path(root_dir).glob("version_*") if p.is_dir() and p.name[8:].isdigit()]
     return max(taken, default=-1) + 1
