@@ -72,8 +72,8 @@ def saves_at_train_epoch_end(trainer: Any, chosen: bool | None) -> bool:
 def is_fresh(trainer: Any, monitor: str) -> bool:
     """Whether the value of `monitor` belongs to the state of this very step.
 
-    What ``training_step`` logs on its way to step N is recorded under N - 1, and is as much of step N as training values
-    ever are; what validation logged one step ago is not.
+    What ``training_step`` logs on its way to step N is recorded under N - 1, and is as much of step N as training
+    values ever are; what validation logged one step ago is not.
     """
     logged = trainer.metric_steps.get(monitor)
     if logged is None or logged == trainer.global_step:

@@ -273,8 +273,7 @@ class ModelCheckpoint(Checkpoint):
     # ---- deciding
 
     def _idle(self, trainer: Trainer) -> bool:
-        fitting = trainer.state.fn is not None and trainer.state.fn.value == "fit"
-        return bool(trainer.fast_dev_run) or not fitting or trainer.sanity_checking
+        return bool(trainer.fast_dev_run) or trainer.state.fn != "fit" or trainer.sanity_checking
 
     def _fire(self, trainer: Trainer) -> None:
         """The trigger fired: rank the state if the monitored value is of this step, else leave that for later."""

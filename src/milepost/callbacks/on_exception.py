@@ -48,7 +48,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         """Save, and wait until the file is whole."""
-        if trainer.fast_dev_run or trainer.state.fn is None or trainer.state.fn.value != "fit":
+        if trainer.fast_dev_run or trainer.state.fn != "fit":
             return
         try:
             if "://" not in self.dirpath:

@@ -38,7 +38,7 @@ def resolve_ckpt_path(
         CheckpointNotFoundError: nothing at the path; ``"hpc"`` or ``"best"`` without such a file.
         MisconfigurationException: ``"best"`` without a checkpointer.
     """
-    fitting = trainer.state.fn is not None and trainer.state.fn.value == "fit"
+    fitting = trainer.state.fn == "fit"
     if ckpt_path is None:
         return _unasked(trainer, fitting=fitting, model_provided=model_provided)
     name = os.fspath(ckpt_path)
@@ -65,19 +65,13 @@ def resolve_ckpt_path(
 
 def hpc_checkpoints(directory: str | os.PathLike[str]) -> list[str]:
     """The files written for requeueing in `directory`, oldest number first; under SLURM only those of this job."""
-    place, pattern = Path(directory), re.compile(re.escape(_hpc_stem()) + r"(\d+)\.ckpt")
+    place, job = Path(directory), os.environ.get("SLURM_JOB_ID")
+    key = f"{re.escape(job)}_" if job else "(?:local_)?"
+    pattern = re.compile(rf"hpc_ckpt_{key}(\d+)\.ckpt")
     if not place.is_dir():
         return []
     numbered = ((match, entry) for entry in place.iterdir() if (match := pattern.fullmatch(entry.name)))
     return [str(entry) for _, entry in sorted((int(match.group(1)), entry) for match, entry in numbered)]
-
-
-def next_hpc_path(directory: str | os.PathLike[str]) -> str:
-    """Where the next checkpoint for requeueing goes: ``hpc_ckpt_N.ckpt``, under SLURM ``hpc_ckpt_job<id>_N.ckpt``."""
-    stem = _hpc_stem()
-    written = hpc_checkpoints(directory)
-    number = int(Path(written[-1]).stem.removeprefix(stem)) + 1 if written else 1
-    return str(Path(directory, f"{stem}{number}.ckpt"))
 
 
 def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
@@ -93,11 +87,6 @@ def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
             _log.warning("%s cannot verify checkpoints: %s is taken to be good", type(io).__name__, path)
         return path
     return None
-
-
-def _hpc_stem() -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"hpc_ckpt_job{job}_" if job else "hpc_ckpt_"
 
 
 def _unasked(trainer: Any, *, fitting: bool, model_provided: bool) -> str | None:
