@@ -14,15 +14,11 @@ _NAMES = {
     "WeightAveraging": "milepost.callbacks.weight_averaging",
     "EMAWeightAveraging": "milepost.callbacks.weight_averaging",
     "GradientAccumulationScheduler": "milepost.callbacks.gradient_accumulation",
-    "StochasticWeightAveraging": "milepost.callbacks.weight_averaging",
     "ModelSummary": "milepost.callbacks.model_summary",
     "ProgressBar": "milepost.callbacks.progress",
     "RichProgressBar": "milepost.callbacks.progress",
     "TQDMProgressBar": "milepost.callbacks.progress",
     "BasePredictionWriter": "milepost.callbacks.prediction_writer",
-    "DeviceStatsMonitor": "milepost.callbacks.device_stats",
-    "BaseFinetuning": "milepost.callbacks.finetuning",
-    "BackboneFinetuning": "milepost.callbacks.finetuning",
 }
 __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -40,7 +40,7 @@ class GradientAccumulationScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "GradientAccumulationScheduler needs automatic optimization: with manual optimization the module decides "
+                "GradientAccumulationScheduler needs automatic optimization: in manual optimization the module decides "
                 "itself when to step. Remove the callback."
             )
         # A run that is resumed midway through an epoch has no on_train_epoch_start for it.

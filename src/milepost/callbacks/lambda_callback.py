@@ -17,7 +17,8 @@ class LambdaCallback(Callback):
 
     Args:
         hooks: a function for each hook, with the hook's arguments:
-            ``LambdaCallback(on_train_epoch_end=lambda trainer, module: print(trainer.current_epoch))``. None is skipped.
+            ``LambdaCallback(on_train_epoch_end=lambda trainer, module: print(trainer.current_epoch))``.
+            None stands for no function.
 
     Raises:
         MisconfigurationException: a name is not that of a hook.
