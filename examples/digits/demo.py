@@ -1,6 +1,6 @@
-"""Kill a training run with SIGKILL, start it again with `ckpt_path="last"`, and compare it with a run that was never killed.
+"""Kill a training run with SIGKILL, start it again with `ckpt_path="last"`, and compare it with an unbroken run.
 
-`python demo.py [--out demo-out]` prints the comparison, draws `demo-out/losses.png`, and exits with 1 if anything differs.
+`python demo.py [--out demo-out]` prints the comparison, draws `demo-out/losses.png`, exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kill:
-    """Where the process was when it was killed. `saved_step`: of the newest checkpoint file; `lines`: log lines by then."""
+    """Where the process was when killed. `saved_step`: of the newest checkpoint file; `lines`: log lines by then."""
 
     saved_step: int
     lines: int
@@ -72,7 +72,7 @@ def kill_inside_epoch(directory: Path) -> Kill:
     """Train in `directory` until the run is where `ready_to_kill` wants it, then SIGKILL it.
 
     Raises:
-        RuntimeError: the run ended, or saved again, before it could be killed; or nothing happened within the time limit.
+        RuntimeError: the run ended or saved again before it could be killed, or took longer than the time limit.
     """
     process = start(directory)
     deadline = time.monotonic() + TIME_LIMIT
@@ -108,7 +108,7 @@ def place(line: Line) -> str:
 
 
 def report(killed: list[Line], resumed: list[Line], unbroken: list[Line], kill: Kill) -> bool:
-    """Print where the run was killed and where it went on, with losses and samples; return whether all batches are equal."""
+    """Print where the run was killed and went on, losses and samples; return whether all batches are equal."""
     first = resumed[0]
     start_at = len(unbroken) - len(resumed)
     print(f"\nKilled (SIGKILL) after  {place(killed[-1])}; newest checkpoint: step {kill.saved_step}")

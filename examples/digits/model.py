@@ -15,7 +15,7 @@ BATCH_SIZE = 32
 
 
 class Digits(Dataset[tuple[Tensor, int, int]]):
-    """Images of shape (1, 8, 8) in [0, 1], their label, and their index in the full set, so that a log can name samples."""
+    """Images of shape (1, 8, 8) in [0, 1], label, and index in the full set, so that a log can name samples."""
 
     def __init__(self, first: int, stop: int) -> None:
         digits = load_digits()

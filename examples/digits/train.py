@@ -1,7 +1,7 @@
 """Run the digits job in one directory: `python train.py DIRECTORY [--ckpt-path last]`.
 
-Writes `DIRECTORY/log.jsonl` (a line per batch, on disk before the next batch starts), `DIRECTORY/checkpoints/` and, at the
-end, `DIRECTORY/digest.txt`, the SHA-256 of the final weights.
+Writes `DIRECTORY/log.jsonl` (a line per batch, written before the next batch starts), `DIRECTORY/checkpoints/` and,
+at the end, `DIRECTORY/digest.txt`, the SHA-256 of the final weights.
 """
 
 from __future__ import annotations
