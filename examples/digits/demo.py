@@ -107,18 +107,22 @@ def place(line: Line) -> str:
     return f"epoch {line['epoch']}, batch {line['batch_idx']}, optimizer step {line['global_step']}"
 
 
+def shown(line: Line) -> str:
+    return f"{float.fromhex(line['loss']):.9g}"
+
+
 def report(killed: list[Line], resumed: list[Line], unbroken: list[Line], kill: Kill) -> bool:
     """Print where the run was killed and went on, losses and samples; return whether all batches are equal."""
     first = resumed[0]
     start_at = len(unbroken) - len(resumed)
     print(f"\nKilled (SIGKILL) after  {place(killed[-1])}; newest checkpoint: step {kill.saved_step}")
     print(f"Went on at              {place(first)}")
-    print("\n epoch batch   unbroken loss          resumed loss           before the kill")
+    print("\n epoch batch  unbroken loss  resumed loss   before the kill   (9 digits tell any two float32 apart)")
     for at in range(max(0, start_at - 3), min(start_at + 10, len(unbroken))):
         line = unbroken[at]
-        after = resumed[at - start_at]["loss"] if at >= start_at else "-"
-        before = killed[at]["loss"] if at < len(killed) else "-"
-        print(f" {line['epoch']:5d} {line['batch_idx']:5d}   {line['loss']:22s} {after:22s} {before}")
+        after = shown(resumed[at - start_at]) if at >= start_at else "-"
+        before = shown(killed[at]) if at < len(killed) else "-"
+        print(f" {line['epoch']:5d} {line['batch_idx']:5d}  {shown(line):13s}  {after:13s}  {before}")
     print(f"\nFirst batch after the resume: index {first['batch_idx']}, samples {first['ids']}")
     expected = unbroken[start_at]
     print(f"The same in the unbroken run: index {expected['batch_idx']}, samples {expected['ids']}")
