@@ -18,7 +18,8 @@ from milepost.errors import MisconfigurationException
 def trainer(**changes: Any) -> Any:
     values: dict[str, Any] = {
         "logger": None, "progress_bar_metrics": {"loss": torch.tensor(0.125)}, "is_global_zero": True, "max_epochs": 3,
-        "current_epoch": 1, "num_training_batches": 4, "num_val_batches": [2], "sanity_checking": False, "training": True,
+        "current_epoch": 1, "num_training_batches": 4, "num_val_batches": [2],
+        "sanity_checking": False, "training": True,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 

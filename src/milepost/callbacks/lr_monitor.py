@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class LearningRateMonitor(Callback):
     """Logs each optimizer's learning rate as ``lr-Adam``, further ones of that kind as ``lr-Adam-1`` and so on.
 
-    Several parameter groups are told apart as ``lr-Adam/pg1`` or, where a group has a ``name``, by it. A scheduler's own
-    ``name`` (in the lr_scheduler dict) takes the place of ``lr-Adam``.
+    Several parameter groups are told apart as ``lr-Adam/pg1`` or, where a group has a ``name``, by it. The
+    ``name`` of a scheduler (in the lr_scheduler dict) takes the place of ``lr-Adam``.
 
     Args:
         logging_interval: ``"step"``, ``"epoch"``, or None for each scheduler's own interval.

@@ -21,7 +21,7 @@ _COMPILED = "_orig_mod."
 class WeightAveraging(Callback):
     """Averages the weights over training; validation, checkpoints and the finished model use the average.
 
-    In a checkpoint, ``state_dict`` holds the averaged weights, ``current_model_state`` those that were being trained and
+    In a checkpoint, ``state_dict`` holds the averaged weights, ``current_model_state`` those being trained and
     ``averaging_state`` the number of averaged models. A run that is resumed from it goes on with both; any other loader
     finds the averaged ones. A checkpoint without them is taken as the first model of a new average.
 

@@ -1,0 +1,45 @@
+"""BasePredictionWriter calls what its interval says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from milepost.callbacks import BasePredictionWriter
+from milepost.errors import MisconfigurationException
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self, interval: str) -> None:
+        super().__init__(interval)
+        self.written: list[Any] = []
+
+    def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *rest: Any) -> None:
+        self.written.append((prediction, *rest))
+
+    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        self.written.append(predictions)
+
+
+@pytest.mark.parametrize(
+    ("interval", "written"),
+    [
+        ("batch", [("p", [4, 5], "b", 2, 0)]),
+        ("epoch", [["p"]]),
+        ("batch_and_epoch", [("p", [4, 5], "b", 2, 0), ["p"]]),
+    ],
+)
+def test_intervals(interval: str, written: list[Any]) -> None:
+    loop = SimpleNamespace(predictions=["p"], current_batch_indices=[4, 5], epoch_batch_indices=[[4, 5]])
+    t: Any = SimpleNamespace(predict_loop=loop)
+    writer = Writer(interval)
+    writer.on_predict_batch_end(t, t, "p", "b", 2)
+    writer.on_predict_epoch_end(t, t)
+    assert writer.written == written
+
+
+def test_an_unknown_interval_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="step"):
+        BasePredictionWriter("step")
