@@ -1,0 +1,104 @@
+"""Checkpoints as torch's own zip files: atomic, durable, verified, and loaded without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milepost.format import sealed
+from milepost.engine.values import from_plain, to_plain
+from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
+from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.storage import local
+
+
+class TorchCheckpointIO(CheckpointIO):
+    """One ``.ckpt`` file that ``torch.load`` reads and Lightning resumes from.
+
+    A file appears under its name only when it is whole and on the disk; its bytes are covered by digests that `verify` and
+    `load_checkpoint` check. Loading runs no code unless ``weights_only=False`` is given.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+        """Write `checkpoint`; when this returns it is durable.
+
+        Raises:
+            CheckpointSaveError: it is not; what was at `path` before is intact.
+            TypeError: `storage_options` was given.
+        """
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r} is not supported for `TorchCheckpointIO`: it writes local files. Pass "
+                "a CheckpointIO of your own to Trainer(plugins=...) for other storage."
+            )
+        step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        plain = to_plain(checkpoint)
+        with local.replacing(path, step=step) as file:
+            sealed.write(file, lambda out: torch.save(plain, out))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify the file and load it; tensors go to the CPU unless `map_location` says otherwise.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError, CheckpointFormatError
+        """
+        if hasattr(path, "read"):
+            return _load(path, "<stream>", map_location, weights_only)
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"Checkpoint file not found: {path}")
+        with path.open("rb") as file:
+            sealed.verify(file, str(path))
+            file.seek(0)
+            return _load(file, str(path), map_location, weights_only)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Delete the file durably; where there is none, do nothing."""
+        local.remove(path)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return Path(path).is_file()
+
+    def list(self, directory: str | os.PathLike[str]) -> list[str]:
+        """Paths of the ``.ckpt`` files in `directory`, sorted."""
+        folder = Path(directory)
+        return sorted(str(p) for p in folder.glob("*.ckpt") if p.is_file()) if folder.is_dir() else []
+
+    def verify(self, path: str | os.PathLike[str]) -> None:
+        """Read every byte and check it.
+
+        Raises:
+            CheckpointCorruptError: names the damaged range; CheckpointNotFoundError: no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"Checkpoint file not found: {path}")
+        with path.open("rb") as file:
+            sealed.verify(file, str(path))
+
+    def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
+        """Give the file a second name, atomically; False where the file system has no hard links."""
+        return local.link(source, target)
+
+
+def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    safe = weights_only is not False
+    try:
+        loaded = torch.load(file, map_location=map_location or "cpu", weights_only=safe)
+    except Exception as error:
+        file.seek(0)
+        if safe and (refused := sealed.refused_value(file)):
+            key_path, type_name = refused
+            raise UnsafeCheckpointError(
+                f"{name}: the value at {key_path!r} is a pickled {type_name}, and loading it would run code. If you trust the "
+                "file, load it with weights_only=False.",
+                path=name,
+                key_path=key_path,
+            ) from error
+        raise CheckpointFormatError(f"{name} is no checkpoint that torch can load: {error}") from error
+    return from_plain(loaded) if isinstance(loaded, dict) else loaded

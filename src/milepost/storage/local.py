@@ -1,0 +1,95 @@
+"""Local files: replaced atomically and durably, linked, removed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from milepost.errors import CheckpointSaveError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; on success it is fsynced, renamed over `path`, and the directory fsynced.
+
+    The temporary file lies in the destination's directory, so that the rename is atomic and $TMPDIR stays untouched.
+
+    Raises:
+        CheckpointSaveError: any step failed. The temporary file is gone and what was at `path` is intact.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".pending", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(number, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except Exception as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        cause = f"{type(error).__name__}: {error}"
+        raise CheckpointSaveError(
+            f"Saving the checkpoint of step {step} to {str(path)!r} failed: {cause}. What was there before is intact; free "
+            "space or fix the permissions of the directory, or give another dirpath.",
+            path=str(path),
+            step=step,
+        ) from error
+    except BaseException:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the directory's entries durable."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
+    """Give `source` the second name `target`, replacing what is there atomically. False where that cannot be had."""
+    source, target = Path(source), Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        os.link(source, temporary)
+        temporary.replace(target)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # rename does nothing when both names are already one file
+        sync_directory(target.parent)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        return False
+    return True
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete the file and make that durable; where there is none, do nothing."""
+    path = Path(path)
+    with suppress(FileNotFoundError):
+        path.unlink()
+        sync_directory(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
