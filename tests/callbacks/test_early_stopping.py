@@ -16,7 +16,7 @@ def trainer(**changes: Any) -> Any:
     values: dict[str, Any] = {
         "val_check_interval": 1.0,
         "check_val_every_n_epoch": 1,
-        "state": SimpleNamespace(fn=SimpleNamespace(value="fit")),
+        "state": SimpleNamespace(fn="fit"),
         "sanity_checking": False,
         "fast_dev_run": False,
         "callback_metrics": {},
@@ -85,12 +85,12 @@ def test_checks_when_validation_ends_if_that_is_not_once_per_epoch() -> None:
 def test_ignores_the_sanity_check_and_other_stages() -> None:
     stopper = EarlyStopping("m", check_on_train_epoch_end=False)
     assert run(stopper, [float("nan")], trainer(sanity_checking=True)) is None
-    other = SimpleNamespace(fn=SimpleNamespace(value="validate"))
+    other = SimpleNamespace(fn="validate")
     assert run(stopper, [float("nan")], trainer(state=other)) is None
 
 
 def test_a_metric_that_is_not_there() -> None:
-    with pytest.raises(MisconfigurationException, match="'other'.*'m'"):
+    with pytest.raises(MisconfigurationException, match=r"'other'.*'m'"):
         run(EarlyStopping("other"), [1.0])
     assert run(EarlyStopping("other", strict=False), [1.0]) is None
 

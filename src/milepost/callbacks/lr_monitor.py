@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from milepost.callbacks.callback import Callback
@@ -56,7 +57,7 @@ class LearningRateMonitor(Callback):
                 values.update(self._values(name, optimizer))
         if not values:
             return
-        trainer.callback_metrics.update(values)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.progress.batches_that_stepped)
 

@@ -131,11 +131,11 @@ class WeightAveraging(Callback):
     def _copy(self, pl_module: Module) -> AveragedModel:
         # The module refers to its Trainer, and a copy of that would drag the whole run along.
         trainer = pl_module._trainer
-        pl_module.trainer = None  # type: ignore[assignment]
+        pl_module.trainer = None
         try:
             return AveragedModel(pl_module, device=self._device, use_buffers=self._use_buffers, **self._kwargs)
         finally:
-            pl_module.trainer = trainer  # type: ignore[assignment]
+            pl_module.trainer = trainer
 
     def _update(self, pl_module: Module) -> None:
         assert self._average is not None
