@@ -1,10 +1,12 @@
-"""Random state: captured, restored, isolated, and derived from a seed without drawing from any generator."""
+"""Random state of the process: seeding it, keeping it, and running something without moving it."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,70 +15,106 @@ from typing import Any
 import numpy as np
 import torch
 
-_WORDS = 624  # of a Mersenne Twister
+from milepost.errors import MisconfigurationException
+
+_log = logging.getLogger(__name__)
+_MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
 
 
 @dataclass(frozen=True)
 class RngState:
-    """State of Python's, NumPy's, torch's and each initialised CUDA device's generators, as tensors and plain values."""
+    """State of Python's ``random``, NumPy's global generator, torch's on the CPU and on every initialised CUDA device."""
 
-    python: torch.Tensor  # int64, 625 words
-    python_gauss: float | None
-    numpy: torch.Tensor  # int64, 624 words
-    numpy_rest: tuple[int, int, float]  # position, has_gauss, cached_gaussian
-    torch_cpu: torch.Tensor  # uint8
-    cuda: tuple[torch.Tensor, ...]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: torch.Tensor
+    cuda: dict[int, torch.Tensor]
 
     @classmethod
     def capture(cls) -> RngState:
-        """Read every generator. Draws nothing."""
-        _, words, gauss = random.getstate()
-        _, keys, position, has_gauss, cached = np.random.get_state()
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        return cls(
-            torch.tensor(words, dtype=torch.int64),
-            gauss,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            (int(position), int(has_gauss), float(cached)),
-            torch.get_rng_state(),
-            tuple(torch.cuda.get_rng_state(d) for d in devices),
-        )
+        """The state now. Consumes nothing."""
+        cuda = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            cuda = {index: torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+        return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
-        """Set every generator to this state. CUDA states beyond the devices that are present are left out."""
-        random.setstate((3, tuple(self.python.tolist()), self.python_gauss))
-        position, has_gauss, cached = self.numpy_rest
-        np.random.set_state(("MT19937", self.numpy.numpy().astype(np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(self.torch_cpu)
-        for device, state in enumerate(self.cuda[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
+        """Make this the state of the process. Devices that this machine lacks are left out."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda and torch.cuda.is_available():
+            for index, state in self.cuda.items():
+                if index < torch.cuda.device_count():
+                    torch.cuda.set_rng_state(state, index)
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
+        version, words, gauss = self.python
+        kind, keys, position, has_gauss, cached = self.numpy
         return {
-            "python": self.python,
-            "python_gauss": self.python_gauss,
-            "numpy": self.numpy,
-            "numpy_rest": list(self.numpy_rest),
-            "torch": self.torch_cpu,
-            "cuda": list(self.cuda),
+            "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+            "numpy": {
+                "kind": str(kind),
+                "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                "position": int(position),
+                "has_gauss": int(has_gauss),
+                "cached": float(cached),
+            },
+            "torch": self.torch,
+            "cuda": {str(index): state for index, state in self.cuda.items()},
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> RngState:
-        position, has_gauss, cached = state["numpy_rest"]
+        """The reverse of `state_dict`."""
+        python, numpy = state["python"], state["numpy"]
+        keys = numpy["keys"].cpu().numpy().astype(np.uint32)
         return cls(
-            state["python"].cpu(),
-            state["python_gauss"],
-            state["numpy"].cpu(),
-            (int(position), int(has_gauss), float(cached)),
+            (python["version"], tuple(python["words"].tolist()), python["gauss"]),
+            (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]),
             state["torch"].cpu(),
-            tuple(t.cpu() for t in state["cuda"]),
+            {int(index): device.cpu() for index, device in state["cuda"].items()},
         )
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed Python, NumPy and torch on all devices, and remember the seed in ``PL_GLOBAL_SEED`` for child processes.
+
+    Without `seed` the value of ``PL_GLOBAL_SEED`` is used, else 0. `workers` is remembered in ``PL_SEED_WORKERS``;
+    loader workers are always seeded per batch here. Returns the seed. Raises MisconfigurationException for one
+    outside 0 .. 2**32 - 1.
+    """
+    if seed is None:
+        seed = _seed_of_environment()
+    seed = int(seed)
+    if not 0 <= seed <= _MAX_SEED:
+        raise MisconfigurationException(f"seed {seed} is outside 0 .. {_MAX_SEED}; choose one within.")
+    if verbose:
+        _log.info("Seed set to %d", seed)
+    os.environ["PL_GLOBAL_SEED"] = str(seed)
+    os.environ["PL_SEED_WORKERS"] = str(int(workers))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def _seed_of_environment() -> int:
+    given = os.environ.get("PL_GLOBAL_SEED")
+    if given is None:
+        warnings.warn("No seed given and PL_GLOBAL_SEED is not set; the seed is 0.", stacklevel=3)
+        return 0
+    try:
+        return int(given)
+    except ValueError:
+        warnings.warn(f"PL_GLOBAL_SEED={given!r} is not an integer; the seed is 0.", stacklevel=3)
+        return 0
 
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Whatever is drawn inside, the caller's generators are as before afterwards."""
+    """Whatever is drawn or seeded inside leaves the caller's random state, CUDA's included, as it was."""
     state = RngState.capture()
     try:
         yield
@@ -85,44 +123,72 @@ def isolated_rng() -> Iterator[None]:
 
 
 def run_seed() -> int:
-    """A 63-bit seed for this run's data, derived from torch's generator without drawing from it."""
-    return derived_seed(torch.get_rng_state().numpy().tobytes().hex())
+    """A 63-bit seed that depends on torch's random state alone and consumes none of it."""
+    return _digest(torch.get_rng_state().numpy().tobytes())
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on `parts` and on nothing else, the same in every process and on every platform."""
-    text = "\x1f".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    """A 63-bit seed, the same in every process and on every machine for the same `parts`."""
+    return _digest(repr(parts).encode())
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch with `seed` (63 bits; NumPy takes its lower 32)."""
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed Python, NumPy and torch on the CPU from one 63-bit `seed`; CUDA is left alone, unlike `torch.manual_seed`."""
     random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    torch.default_generator.manual_seed(seed)
 
 
-def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
-    """Seed Python, NumPy and torch; returns the seed.
+class PrivateRng:
+    """Random state of its own for what runs inside ``with``; the process's CPU state is put back at the end.
 
-    Args:
-        seed: from 0 to 2**32 - 1. None reads the environment variable ``PL_GLOBAL_SEED``, and is 0 without it.
-        workers: kept for Lightning's callers; loader workers are always seeded by the Trainer.
-        verbose: print the seed.
-
-    Raises:
-        ValueError: the seed is out of bounds or no integer.
+    The first entry is seeded; each later one goes on where the last ended.
     """
-    if seed is None:
-        text = os.environ.get("PL_GLOBAL_SEED", "0")
-        if not text.isdigit():
-            raise ValueError(f"PL_GLOBAL_SEED={text!r} is not a non-negative integer. Set it to one, or pass seed=...")
-        seed = int(text)
-    if not 0 <= seed <= 0xFFFFFFFF:
-        raise ValueError(f"seed={seed} is out of bounds: use one from 0 to {0xFFFFFFFF}.")
-    os.environ["PL_GLOBAL_SEED"] = str(seed)
-    os.environ["PL_SEED_WORKERS"] = str(int(workers))
-    if verbose:
-        print(f"Seed set to {seed}")
-    seed_all(seed)
-    return seed
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._own: tuple[Any, ...] | None = None
+        self._outer: tuple[Any, ...] | None = None
+
+    def __enter__(self) -> None:
+        self._outer = _cpu_state()
+        if self._own is not None:
+            _set_cpu_state(self._own)
+        else:
+            seed_cpu(self._seed)
+
+    def __exit__(self, *exc: object) -> None:
+        self._own = _cpu_state()
+        assert self._outer is not None
+        _set_cpu_state(self._outer)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with the CPU generators seeded by `seed`, then put them back."""
+    outer = _cpu_state()
+    seed_cpu(seed)
+    try:
+        yield
+    finally:
+        _set_cpu_state(outer)
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    return state
+
+
+def _cpu_state() -> tuple[Any, ...]:
+    return random.getstate(), _numpy_state(), torch.get_rng_state()
+
+
+def _set_cpu_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
