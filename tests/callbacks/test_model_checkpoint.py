@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from line_run import fit_line, names, read
+from line_run import Line, fit_line, loader, names, read
 
 from milepost.callbacks import ModelCheckpoint
 from milepost.errors import MisconfigurationException
@@ -169,7 +169,12 @@ def test_save_last_is_the_newest_though_the_best_is_older(tmp_path: Path) -> Non
 
 
 def test_last_is_refreshed_when_the_run_ends_between_triggers(tmp_path: Path) -> None:
-    fit_line(tmp_path, ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=3, save_last=True), max_steps=5)
+    fit_line(
+        tmp_path,
+        ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=3, save_last=True),
+        max_steps=5,
+        max_epochs=2,
+    )
     assert read(tmp_path / "c" / "last.ckpt")["global_step"] == 5
 
 
@@ -215,7 +220,8 @@ def test_a_slash_in_a_metric_makes_no_directory(tmp_path: Path) -> None:
 
 
 def test_nothing_is_saved_in_a_dev_run_or_by_validate(tmp_path: Path) -> None:
-    fit_line(tmp_path, ModelCheckpoint(tmp_path / "c"), fast_dev_run=True)
+    trainer = fit_line(tmp_path, ModelCheckpoint(tmp_path / "c"), fast_dev_run=True, enable_checkpointing=True)
+    trainer.validate(Line(), loader(), verbose=False)
     assert not (tmp_path / "c").exists()
 
 

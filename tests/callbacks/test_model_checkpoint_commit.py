@@ -1,0 +1,215 @@
+"""What counts before, at and after the commit of a save whose plugin writes in its own time."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from line_run import fit_line, names, read
+
+from milepost.callbacks import Callback, ModelCheckpoint
+
+
+class Slow:
+    """A plugin (three methods, no base class) whose saves end when `release` says so, oldest first."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[None], dict[str, Any], str]] = []
+        self.automatic = False
+        self.saves: list[str] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Future[None]:
+        future: Future[None] = Future()
+        self.saves.append(Path(path).name)
+        self.waiting.append((future, checkpoint, str(path)))
+        if self.automatic:
+            self.release()
+        return future
+
+    def release(self, error: Exception | None = None) -> None:
+        while self.waiting:
+            future, checkpoint, path = self.waiting.pop(0)
+            if error is not None:
+                future.set_exception(error)
+            else:
+                torch.save(checkpoint, path)
+                future.set_result(None)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink()
+
+
+class At(Callback):
+    """Calls a function at the start of given batches."""
+
+    def __init__(self, **actions: Any) -> None:
+        self.actions = actions
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        action = self.actions.get(f"step{trainer.global_step}")
+        if action is not None:
+            action()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if "end" in self.actions:
+            self.actions["end"]()
+
+
+def test_memory_and_retention_change_at_commit(tmp_path: Path) -> None:
+    plugin = Slow()
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=1)
+    seen: dict[int, str] = {}
+
+    def look(step: int) -> Any:
+        return lambda: seen.setdefault(step, checkpointer.best_model_path)
+
+    at = At(step1=look(1), step2=plugin.release, step3=look(3), end=lambda: setattr(plugin, "automatic", True))
+    at.actions["end"] = lambda: (plugin.release(), setattr(plugin, "automatic", True))
+    fit_line(tmp_path, at, checkpointer, plugins=plugin)
+    assert seen[1] == "", "a save that is on its way counts nowhere"
+    assert Path(seen[3]).name == "step=2.ckpt"
+    assert names(tmp_path / "c") == {"step=4.ckpt"}
+
+
+def test_the_state_in_a_file_lists_the_file_and_not_what_its_commit_deletes(tmp_path: Path) -> None:
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_last=True)
+    fit_line(tmp_path, checkpointer, max_epochs=2, values=[0.5, 0.4])
+    state = read(tmp_path / "c" / "epoch=1.ckpt")["callbacks"][checkpointer.state_key]
+    assert [Path(p).name for p in state["best_k_models"]] == ["epoch=1.ckpt"]
+    assert Path(state["best_model_path"]).name == "epoch=1.ckpt"
+    assert Path(state["last_model_path"]).name == "last.ckpt"
+    assert state["milepost"]["entries"][0]["path"] == "epoch=1.ckpt"
+
+
+def test_a_failed_save_raises_and_is_rolled_back(tmp_path: Path) -> None:
+    plugin = Slow()
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2)
+
+    def fail() -> None:
+        plugin.release(OSError(28, "No space left on device"))
+
+    with pytest.raises(OSError, match="No space left"):
+        fit_line(tmp_path, At(step2=plugin.release, step3=plugin.release, end=fail), checkpointer, plugins=plugin)
+    assert names(tmp_path / "c") == {"step=2.ckpt"}
+    assert Path(checkpointer.best_model_path).name == "step=2.ckpt"
+    assert checkpointer.state_dict()["best_model_path"] == checkpointer.best_model_path
+
+
+def test_a_plugin_without_link_saves_twice_and_the_default_once(tmp_path: Path) -> None:
+    plugin = Slow()
+    plugin.automatic = True
+    fit_line(tmp_path, ModelCheckpoint(tmp_path / "c", "{epoch}", save_last=True), plugins=plugin)
+    assert plugin.saves == ["epoch=0.ckpt", "last.ckpt"]
+    fit_line(tmp_path, ModelCheckpoint(tmp_path / "d", "{epoch}", save_last=True))
+    best, last = tmp_path / "d" / "epoch=0.ckpt", tmp_path / "d" / "last.ckpt"
+    assert best.samefile(last), "one serialisation under two names"
+
+
+def test_loggers_hear_of_commits_only(tmp_path: Path) -> None:
+    from milepost.loggers import CSVLogger
+
+    plugin = Slow()
+    heard: list[str] = []
+
+    class Listening(CSVLogger):
+        def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+            heard.append(Path(checkpoint_callback.best_model_path).name)
+
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2, save_top_k=-1)
+    counts: list[int] = []
+    at = At(step3=lambda: counts.append(len(heard)), end=plugin.release)
+    fit_line(tmp_path, at, checkpointer, plugins=plugin, logger=Listening(tmp_path / "logs"))
+    assert counts == [0]
+    assert heard == ["step=2.ckpt", "step=4.ckpt"]
+
+
+def test_a_file_in_the_way_of_deletion_is_a_warning(tmp_path: Path) -> None:
+    class Stuck(Slow):
+        def remove_checkpoint(self, path: Any) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    plugin = Stuck()
+    plugin.automatic = True
+    with pytest.warns(UserWarning, match="could not be deleted"):
+        fit_line(tmp_path, ModelCheckpoint(tmp_path / "c", "{epoch}"), plugins=plugin, max_epochs=2)
+
+
+def _resume(root: Path, checkpointer: ModelCheckpoint, source: Path, **options: Any) -> None:
+    fit_line(root, checkpointer, ckpt_path=str(source), **{"max_epochs": 4, **options})
+
+
+def test_resuming_with_a_smaller_k_prunes(tmp_path: Path) -> None:
+    three = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_top_k=3, save_last=True)
+    fit_line(tmp_path, three, max_epochs=3, values=[0.5, 0.3, 0.4])
+    assert len(names(tmp_path / "c")) == 4
+    one = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_top_k=1, save_last=True)
+    _resume(tmp_path, one, tmp_path / "c" / "last.ckpt", values=[0.9])
+    assert names(tmp_path / "c") == {"epoch=1.ckpt", "last.ckpt"}
+    assert one.best_model_score == pytest.approx(0.3)
+
+
+def test_resuming_in_a_moved_directory_keeps_the_best_and_goes_on_pruning(tmp_path: Path) -> None:
+    first = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_last=True)
+    fit_line(tmp_path, first, max_epochs=3, values=[0.5, 0.3, 0.4])
+    shutil.move(tmp_path / "c", tmp_path / "moved")
+    second = ModelCheckpoint(tmp_path / "moved", "{epoch}", monitor="val", save_last=True)
+    _resume(tmp_path, second, tmp_path / "moved" / "last.ckpt", values=[0.2])
+    assert names(tmp_path / "moved") == {"epoch=3.ckpt", "last.ckpt"}
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_deleted_best_file_is_forgotten(tmp_path: Path) -> None:
+    first = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_last=True)
+    fit_line(tmp_path, first, max_epochs=3, values=[0.5, 0.1, 0.4])
+    (tmp_path / "c" / "epoch=1.ckpt").unlink()
+    second = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_last=True)
+    _resume(tmp_path, second, tmp_path / "c" / "last.ckpt", values=[0.7])
+    assert names(tmp_path / "c") == {"epoch=3.ckpt", "last.ckpt"}
+    assert Path(second.best_model_path).name == "epoch=3.ckpt"
+
+
+def test_what_was_resumed_from_and_what_lies_elsewhere_is_never_deleted(tmp_path: Path) -> None:
+    first = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val")
+    fit_line(tmp_path, first, max_epochs=2, values=[0.5, 0.3])
+    same = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val")
+    _resume(tmp_path, same, tmp_path / "c" / "epoch=1.ckpt", max_epochs=3, values=[0.2])
+    assert names(tmp_path / "c") == {"epoch=1.ckpt", "epoch=2.ckpt"}
+    other = ModelCheckpoint(tmp_path / "d", "{epoch}", monitor="val")
+    _resume(tmp_path, other, tmp_path / "c" / "epoch=2.ckpt", values=[0.25])
+    assert names(tmp_path / "c") == {"epoch=1.ckpt", "epoch=2.ckpt"}
+    assert names(tmp_path / "d") == {"epoch=3.ckpt"}, "the new directory has its own best"
+    assert other.best_model_path.endswith("c/epoch=2.ckpt"), "which is not the best there is"
+
+
+def test_two_checkpointers_that_differ_in_filename_only(tmp_path: Path) -> None:
+    def pair() -> list[ModelCheckpoint]:
+        return [ModelCheckpoint(tmp_path / "c", name, monitor="val") for name in ("a-{epoch}", "b-{epoch}")]
+
+    fit_line(tmp_path, *pair(), max_epochs=1, values=[0.5])
+    fit_line(tmp_path, *pair(), ckpt_path=str(tmp_path / "c" / "b-epoch=0.ckpt"), max_epochs=2, values=[0.4])
+    assert names(tmp_path / "c") == {"a-epoch=1.ckpt", "b-epoch=1.ckpt", "b-epoch=0.ckpt"}
+
+
+def test_lightnings_state_is_taken_up(tmp_path: Path) -> None:
+    directory = (tmp_path / "c").resolve()
+    directory.mkdir()
+    for name in ("a.ckpt", "b.ckpt", "last.ckpt"):
+        (directory / name).write_bytes(b"x")
+    theirs = {
+        "monitor": "val", "dirpath": str(directory), "current_score": torch.tensor(0.5),
+        "best_model_score": torch.tensor(0.3), "best_model_path": str(directory / "b.ckpt"),
+        "best_k_models": {str(directory / n): torch.tensor(s) for n, s in (("a.ckpt", 0.5), ("b.ckpt", 0.3))},
+        "kth_best_model_path": str(directory / "a.ckpt"), "kth_value": torch.tensor(0.5),
+        "last_model_path": str(directory / "last.ckpt"),
+    }  # fmt: skip
+    checkpointer = ModelCheckpoint(directory, monitor="val", save_top_k=2)
+    checkpointer.load_state_dict(theirs)
+    ours = checkpointer.state_dict()
+    assert {k: ours[k] for k in theirs} == theirs
