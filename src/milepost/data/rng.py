@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from milepost.errors import MisconfigurationException
 
@@ -23,18 +24,18 @@ _MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
 
 @dataclass(frozen=True)
 class RngState:
-    """State of Python's ``random``, NumPy's global generator, torch's on the CPU and on every initialised CUDA device."""
+    """State of Python's ``random``, NumPy's global generator, torch's on the CPU and, where CUDA is in use, on its devices."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
-    torch: torch.Tensor
-    cuda: dict[int, torch.Tensor]
+    torch: Tensor
+    cuda: dict[int, Tensor]
 
     @classmethod
     def capture(cls) -> RngState:
         """The state now. Consumes nothing."""
         cuda = {}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             cuda = {index: torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
         return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), cuda)
 
@@ -136,8 +137,8 @@ def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
-def seed_cpu(seed: int) -> None:
-    """Seed Python, NumPy and torch on the CPU from one 63-bit `seed`; CUDA is left alone, unlike `torch.manual_seed`."""
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch on the CPU from one 63-bit `seed`. CUDA is left alone."""
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     torch.default_generator.manual_seed(seed)
@@ -159,7 +160,7 @@ class PrivateRng:
         if self._own is not None:
             _set_cpu_state(self._own)
         else:
-            seed_cpu(self._seed)
+            seed_all(self._seed)
 
     def __exit__(self, *exc: object) -> None:
         self._own = _cpu_state()
@@ -171,7 +172,7 @@ class PrivateRng:
 def seeded(seed: int) -> Iterator[None]:
     """Run with the CPU generators seeded by `seed`, then put them back."""
     outer = _cpu_state()
-    seed_cpu(seed)
+    seed_all(seed)
     try:
         yield
     finally:
