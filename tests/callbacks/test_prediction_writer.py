@@ -26,14 +26,13 @@ class Writer(BasePredictionWriter):
 @pytest.mark.parametrize(
     ("interval", "written"),
     [
-        ("batch", [("p", [4, 5], "b", 2, 0)]),
+        ("batch", [("p", None, "b", 2, 0)]),
         ("epoch", [["p"]]),
-        ("batch_and_epoch", [("p", [4, 5], "b", 2, 0), ["p"]]),
+        ("batch_and_epoch", [("p", None, "b", 2, 0), ["p"]]),
     ],
 )
 def test_intervals(interval: str, written: list[Any]) -> None:
-    loop = SimpleNamespace(predictions=["p"], current_batch_indices=[4, 5], epoch_batch_indices=[[4, 5]])
-    t: Any = SimpleNamespace(predict_loop=loop)
+    t: Any = SimpleNamespace(evaluation_loops={"predict": SimpleNamespace(predictions=[["p"]])})
     writer = Writer(interval)
     writer.on_predict_batch_end(t, t, "p", "b", 2)
     writer.on_predict_epoch_end(t, t)

@@ -43,7 +43,8 @@ class LearningRateMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         step = trainer.fit_loop.progress.batches_that_stepped
-        if self.logging_interval != "epoch" and (step + 1) % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0: the user wants no step logged
+        if self.logging_interval != "epoch" and every and (step + 1) % every == 0:
             self._log(trainer, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:

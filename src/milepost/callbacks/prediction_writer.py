@@ -37,29 +37,27 @@ class BasePredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Called with what `predict_step` returned, and the indices of the batch's samples where they are known."""
+        """Called with what `predict_step` returned.
+
+        `batch_indices` is None: loaders yield batches, not the indices of their samples. A dataset that is to know them
+        returns them with the sample.
+        """
         raise NotImplementedError
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: Module, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Called with all predictions, a list per loader where there are several, and the indices in the same form."""
+        """Called with all predictions, a list per loader where there are several. `batch_indices` is empty."""
         raise NotImplementedError
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.interval in ("batch", "batch_and_epoch"):
-            indices = getattr(_loop(trainer), "current_batch_indices", None)
-            self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
+            self.write_on_batch_end(trainer, pl_module, outputs, None, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self.interval in ("epoch", "batch_and_epoch"):
-            loop = _loop(trainer)
-            self.write_on_epoch_end(
-                trainer, pl_module, getattr(loop, "predictions", []), getattr(loop, "epoch_batch_indices", [])
-            )
-
-
-def _loop(trainer: Trainer) -> Any:
-    return getattr(trainer, "predict_loop", None)
+            per_loader = trainer.evaluation_loops["predict"].predictions
+            predictions = per_loader[0] if len(per_loader) == 1 else per_loader
+            self.write_on_epoch_end(trainer, pl_module, predictions, [])
