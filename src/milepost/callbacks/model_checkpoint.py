@@ -6,7 +6,6 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,9 +14,9 @@ import torch
 
 from milepost.callbacks import _record
 from milepost.callbacks._ledger import Ledger, Save
-from milepost.callbacks._naming import absolute, default_dirpath, fill, unused
+from milepost.callbacks._named import NamedCheckpoint
+from milepost.callbacks._naming import absolute, default_dirpath
 from milepost.callbacks._schedule import Trigger, is_fresh, saves_at_train_epoch_end
-from milepost.callbacks.checkpoint import Checkpoint
 from milepost.engine.retention import Change, Entry, Retention
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as capabilities
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
 
 
-class ModelCheckpoint(Checkpoint):
+class ModelCheckpoint(NamedCheckpoint):
     """Saves the run's state by a trigger, keeps the `save_top_k` best by `monitor` and, with `save_last`, the newest.
 
     A step or time trigger always refreshes the last; whether the state is among the best is decided only with a value
@@ -56,11 +55,6 @@ class ModelCheckpoint(Checkpoint):
         MisconfigurationException: arguments out of range or contradicting each other.
     """
 
-    CHECKPOINT_JOIN_CHAR = "-"
-    CHECKPOINT_EQUALS_CHAR = "="
-    CHECKPOINT_NAME_LAST = "last"
-    FILE_EXTENSION = ".ckpt"
-    STARTING_VERSION = 1
     _BUILTIN_METRICS: ClassVar[frozenset[str]] = frozenset({"epoch", "step"})
 
     def __init__(
@@ -146,6 +140,7 @@ class ModelCheckpoint(Checkpoint):
         self._monitor_unknown = self._validated = False
         # What was resumed from is saved already, and its trigger has fired.
         self._fired_step = self._saved_step = trainer.global_step
+        self._ranked_step = 0
         self._last_step = trainer.global_step if self._ledger.committed.last else 0
         if trainer.is_global_zero and not self._idle(trainer):
             self._ledger.prune(trainer)
@@ -240,35 +235,10 @@ class ModelCheckpoint(Checkpoint):
             return False
         return self._ledger.policy.admits(self._ledger.projected.entries, float(current))
 
-    def format_checkpoint_name(
-        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
-    ) -> str:
-        """The path of a checkpoint: the template filled from `metrics`, with ``-v{ver}`` where `ver` is given.
-
-        Raises:
-            MisconfigurationException: the template names a key that is not in `metrics`.
-        """
-        name = fill(
-            filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}",
-            metrics,
-            insert_names=self.auto_insert_metric_name,
-            equals=self.CHECKPOINT_EQUALS_CHAR,
-            prefix=prefix or "",
-            join=self.CHECKPOINT_JOIN_CHAR,
-        )
-        if ver is not None:
-            name = f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
-        return str(Path(self.dirpath or "", name + self.FILE_EXTENSION)) if self.dirpath else name + self.FILE_EXTENSION
-
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
         """Write ``best_k_models`` (path: score) as YAML, by default to ``best_k_models.yaml`` in the directory."""
         target = Path(filepath) if filepath else Path(self.dirpath or "") / "best_k_models.yaml"
         target.write_text(_record.as_yaml({path: float(score) for path, score in self.best_k_models.items()}))
-
-    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
-        """Whether there is something at `filepath`, as the checkpoint plugin sees it."""
-        found = capabilities.exists(trainer.strategy.checkpoint_io, os.fspath(filepath))
-        return os.path.lexists(filepath) if found is None else found
 
     # ---- deciding
 
@@ -362,27 +332,12 @@ class ModelCheckpoint(Checkpoint):
         self.kth_best_model_path, self.kth_value = view.kth_best_model_path, view.kth_value
         self.last_model_path = view.last_model_path
 
-    # ---- naming
-
-    def _metrics(self, trainer: Trainer) -> dict[str, Any]:
-        return {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
-
     def _score(self, trainer: Trainer) -> float | None:
         """The monitored value if it is of this step, NaN if it is not, None where nothing is monitored."""
         if self.monitor is None:
             return None
         fresh = self.monitor in self._BUILTIN_METRICS or is_fresh(trainer, self.monitor)
         return float(self._metrics(trainer)[self.monitor]) if fresh else math.nan
-
-    def _named(self, metrics: dict[str, Any], *, prefix: str | None = None, lenient: bool = False) -> str:
-        """The path from the template; with `lenient` a template that cannot be filled gives way to the default one."""
-        try:
-            return self.format_checkpoint_name(metrics, prefix=prefix)
-        except MisconfigurationException:
-            if not lenient:
-                raise
-            default = f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
-            return self.format_checkpoint_name(metrics, filename=default, prefix=prefix)
 
     def _entry_path(self, trainer: Trainer, score: float | None) -> str:
         metrics = self._metrics(trainer)
@@ -397,21 +352,6 @@ class ModelCheckpoint(Checkpoint):
     def _last_path(self, trainer: Trainer) -> str:
         path = self.format_checkpoint_name(self._metrics(trainer), filename=self.CHECKPOINT_NAME_LAST)
         return self._free(trainer, path, own=frozenset({self._ledger.projected.last, self._source}))
-
-    def _free(self, trainer: Trainer, path: str, *, own: frozenset[str]) -> str:
-        """`path` if nothing of others is there or versions are off, else with the first version that is free."""
-        if not self._enable_version_counter:
-            return path
-        stem = path.removesuffix(self.FILE_EXTENSION)
-
-        def taken(candidate: str) -> bool:
-            used = self._ledger.claims(candidate) or self.file_exists(candidate, trainer)
-            return used and candidate not in own
-
-        def version(number: int) -> str:
-            return f"{stem}{self.CHECKPOINT_JOIN_CHAR}v{number}{self.FILE_EXTENSION}"
-
-        return unused(path, version, taken, self.STARTING_VERSION)
 
     def _is_there(self, path: str) -> bool | None:
         return None if self._io is None else capabilities.exists(self._io, path)

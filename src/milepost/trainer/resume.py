@@ -176,8 +176,10 @@ def _whole(path: str) -> bool:
     return not Path(path).is_symlink() or Path(path).exists()
 
 
-def _age(path: str) -> tuple[int, str]:
+def _age(path: str) -> tuple[int, bool, str]:
+    # Two names of one file are equally old: the last is taken, so that retention stays free to drop the other.
+    name = Path(path).name
     try:
-        return (Path(path).stat().st_mtime_ns, Path(path).name)
+        return (Path(path).stat().st_mtime_ns, name.startswith("last"), name)
     except OSError:
-        return (0, Path(path).name)  # stored elsewhere by the plugin: only the name tells
+        return (0, name.startswith("last"), name)  # stored elsewhere by the plugin: only the name tells
