@@ -213,3 +213,60 @@ def test_lightnings_state_is_taken_up(tmp_path: Path) -> None:
     checkpointer.load_state_dict(theirs)
     ours = checkpointer.state_dict()
     assert {k: ours[k] for k in theirs} == theirs
+
+
+def test_a_damaged_file_is_passed_over_and_written_anew_under_its_name(tmp_path: Path) -> None:
+    def checkpointer() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2, save_top_k=-1)
+
+    fit_line(tmp_path, checkpointer())
+    torn = tmp_path / "c" / "step=4.ckpt"
+    torn.write_bytes(torn.read_bytes()[:900])
+    with pytest.warns(UserWarning, match=r"passing over the damaged checkpoint .*step=4\.ckpt"):
+        fit_line(tmp_path, checkpointer(), ckpt_path="last")
+    assert names(tmp_path / "c") == {"step=2.ckpt", "step=4.ckpt"}
+    assert read(torn)["global_step"] == 4
+
+
+def test_a_decision_that_waits_survives_an_interruption(tmp_path: Path) -> None:
+    def checkpointer() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "c", "{step}-{val}", monitor="val", every_n_train_steps=3, save_last=True)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit_line(tmp_path, checkpointer(), stop_at=3)
+    assert names(tmp_path / "c") == {"last.ckpt"}
+    fit_line(tmp_path, checkpointer(), ckpt_path="last", values=[0.5])
+    assert names(tmp_path / "c") == {"last.ckpt", "step=4-val=0.5.ckpt"}
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_once(tmp_path: Path) -> None:
+    from milepost.plugins import AsyncCheckpointIO, TorchCheckpointIO
+
+    class Full(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:
+            if checkpoint["global_step"] == 8:
+                raise OSError(28, "No space left on device", str(path))
+            return super().save_checkpoint(checkpoint, path, storage_options)
+
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_on_exception=True)
+    plugin = AsyncCheckpointIO(Full())
+    with pytest.raises(OSError, match=r"epoch=1\.ckpt"):
+        fit_line(tmp_path, checkpointer, plugins=plugin, max_epochs=2, values=[0.5, 0.4])
+    assert "epoch=0.ckpt" in names(tmp_path / "c"), "nothing is deleted for a file that does not exist"
+    assert Path(checkpointer.best_model_path).name == "epoch=0.ckpt"
+    again = ModelCheckpoint(tmp_path / "d", "{epoch}")
+    fit_line(tmp_path, again, plugins=plugin)
+    assert names(tmp_path / "d") == {"epoch=0.ckpt"}, "the error does not come back in the next fit"
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_with_the_asynchronous_plugin_exactly_the_kept_files_are_left(tmp_path: Path, top_k: int) -> None:
+    from milepost.plugins import AsyncCheckpointIO
+
+    checkpointer = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_top_k=top_k, save_last=True)
+    values = [0.9, 0.8, 0.7, 0.6, 0.5]
+    fit_line(tmp_path, checkpointer, plugins=AsyncCheckpointIO(), max_epochs=5, values=values)
+    kept = {f"epoch={n}.ckpt" for n in range(5 - top_k, 5)}
+    assert names(tmp_path / "c") == {*kept, "last.ckpt"}
+    assert {Path(p).name for p in checkpointer.best_k_models} == kept
+    assert read(tmp_path / "c" / "last.ckpt")["global_step"] == 20
