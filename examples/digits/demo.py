@@ -79,10 +79,10 @@ def ready_to_kill(lines: list[Line], step: int | None) -> bool:
 def kill_inside_epoch(directory: Path) -> Kill:
     """Train in `directory` until the run is where `ready_to_kill` wants it, then SIGKILL it.
 
-    A slow machine may see the place too late, when the run has saved again: it is then trained anew, three times at most.
+    A slow machine may see the place too late, when the run has saved again: it is then trained anew, up to twice.
 
     Raises:
-        RuntimeError: the run ended before it could be killed, or took longer than the time limit, or three tries missed.
+        RuntimeError: the run ended before it could be killed, took longer than the time limit, or three tries missed.
     """
     for _ in range(3):
         shutil.rmtree(directory, ignore_errors=True)
