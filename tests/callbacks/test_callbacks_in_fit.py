@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
 from milepost import Module, Trainer, seed_everything
@@ -18,6 +20,7 @@ from milepost.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    RichProgressBar,
     Timer,
 )
 from milepost.loggers import CSVLogger
@@ -136,3 +139,49 @@ def test_predictions_are_handed_over(tmp_path: Path) -> None:
     trainer, net = fit(tmp_path, [writer], max_epochs=1)
     trainer.predict(net, loader())
     assert torch.equal(torch.cat(writer.batches), torch.cat(writer.epoch)) and len(writer.epoch) == 6
+
+
+class Renamed(Net):
+    """A later version of the module: its layer has another name, and old checkpoints are translated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = self.layer
+        del self.layer
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", (self.body(batch[0]) - batch[1]).square().mean())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key.replace("layer.", "body."): value for key, value in state.items()}
+
+
+def test_a_migrating_module_gets_both_sets_of_weights(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path, averaged(tmp_path), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "end.ckpt").result()
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    net = Renamed()
+    again = Trainer(
+        max_epochs=1, logger=False, accelerator="cpu", callbacks=averaged(tmp_path / "again"),
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    again.fit(net, loader(shuffle=True), ckpt_path=str(tmp_path / "end.ckpt"))
+    again.save_checkpoint(tmp_path / "again.ckpt").result()
+    loaded = torch.load(tmp_path / "again.ckpt", weights_only=True)
+    for part in ("state_dict", "current_model_state"):
+        for key, value in saved[part].items():
+            assert torch.equal(loaded[part][key.replace("layer.", "body.")], value), (part, key)
+
+
+def test_the_progress_line_follows_a_run(tmp_path: Path) -> None:
+    out = io.StringIO()
+    bar = RichProgressBar(console=Console(file=out, force_terminal=True, width=120))
+    fit_with_bar = Trainer(
+        max_epochs=2, logger=False, accelerator="cpu", enable_checkpointing=False, callbacks=[bar],
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    fit_with_bar.fit(Net(), loader(), loader())
+    text = out.getvalue()
+    for words in ("Sanity check  2/2", "Epoch 0/1  1/6", "Epoch 1/1  6/6", "Validation  6/6", "loss 0."):
+        assert words in text, words

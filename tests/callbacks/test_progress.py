@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,3 +77,29 @@ def test_metrics_begin_with_the_version() -> None:
 def test_a_negative_refresh_rate_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="-1"):
         RichProgressBar(-1)
+
+
+@pytest.mark.parametrize(("environment", "drawn"), [({}, True), ({"CI": "1"}, False)])
+def test_draws_on_a_real_terminal_unless_ci_is_set(environment: dict[str, str], drawn: bool) -> None:
+    code = (
+        "from types import SimpleNamespace as N\n"
+        "from milepost.callbacks import RichProgressBar\n"
+        "t = N(logger=None, progress_bar_metrics={}, max_epochs=3, current_epoch=1, num_training_batches=4)\n"
+        "bar = RichProgressBar()\n"
+        "bar.on_train_batch_start(t, None, None, 0); bar.on_train_batch_end(t, None, None, None, 0); bar._stop()\n"
+        "print('end')\n"
+    )
+    ours, theirs = os.openpty()
+    base = {key: value for key, value in os.environ.items() if key != "CI"}
+    subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=theirs,
+        check=True,
+        env={**base, "PYTHONPATH": "src", "TERM": "xterm", **environment},
+    )
+    text = b""
+    while b"end" not in text:
+        text += os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+    assert (b"Epoch 1/2" in text) == drawn

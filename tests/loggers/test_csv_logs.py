@@ -63,3 +63,14 @@ def test_hyperparameters_are_readable_and_kept(tmp_path: Path) -> None:
 def test_a_flush_interval_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="0"):
         CSVLogger(tmp_path, flush_logs_every_n_steps=0)
+
+
+def test_a_row_that_was_cut_off_does_not_swallow_the_next(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path, version=0)
+    first.log_metrics({"loss": 1.0}, step=10)
+    first.save()
+    first.metrics_file.write_bytes(first.metrics_file.read_bytes() + b"0.5")  # killed while it wrote a row
+    second = CSVLogger(tmp_path, version=0)
+    second.log_metrics({"loss": 0.25}, step=12)
+    second.save()
+    assert rows(second)[0] == {"loss": "1.0", "step": "10"} and rows(second)[-1] == {"loss": "0.25", "step": "12"}

@@ -123,7 +123,14 @@ class WeightAveraging(Callback):
         self._average = self._copy(pl_module)
         self._average.load_state_dict(checkpoint["averaging_state"], strict=False)
         own = {key.replace(_COMPILED, ""): key for key in pl_module.state_dict()}
-        current = {own.get(key, key): value for key, value in checkpoint["current_model_state"].items()}
+        weights = checkpoint["current_model_state"]
+        if set(weights) != set(own):
+            # Written by an older version of the module, whose on_load_checkpoint has translated the averaged weights
+            # only. It translates whatever stands under state_dict.
+            translated = {**checkpoint, "state_dict": dict(weights)}
+            pl_module.on_load_checkpoint(translated)
+            weights = translated["state_dict"]
+        current = {own.get(key, key): value for key, value in weights.items()}
         pl_module.load_state_dict(current, strict=pl_module.strict_loading)
 
     # ---- weights -------------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ class CSVLogger(Logger):
         if not self._rows:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
+        if self._columns is None:
+            _end_line(self.metrics_file)
         columns = self._columns if self._columns is not None else _header(self.metrics_file)
         missing = sorted({key for row in self._rows for key in row} - set(columns))
         if missing:
@@ -106,6 +108,13 @@ class CSVLogger(Logger):
         with self.metrics_file.open("a", newline="") as file:
             csv.DictWriter(file, columns).writerows(self._rows)
         self._columns, self._rows = columns, []
+
+
+def _end_line(path: Path) -> None:
+    """End a last line that a killed process left unfinished, so that the next row does not run into it."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\r\n")
 
 
 def _header(path: Path) -> list[str]:
