@@ -3,18 +3,18 @@
 ::
 
     MilepostError                                 kind
-    ├── MisconfigurationException (ValueError)     misconfiguration   arguments that contradict each other or cannot work
-    ├── MissingDependencyError (ModuleNotFoundError) missing_dependency  an optional package is not installed
-    ├── ResumeError (RuntimeError)                 resume             the checkpoint is sound but does not fit this run
+    ├── MisconfigurationException (ValueError)      misconfiguration    arguments that cannot work
+    ├── MissingDependencyError (ModuleNotFoundError) missing_dependency  an optional package is missing
+    ├── ResumeError (RuntimeError)                 resume              sound, but does not fit this run
     └── CheckpointError                            checkpoint
-        ├── CheckpointNotFoundError (FileNotFoundError)  not_found    nothing at that path
-        ├── CheckpointFormatError (ValueError)     format             not a checkpoint, or written by a newer version
-        ├── CheckpointCorruptError (ValueError)    corrupt            a digest does not hold; names tensor and byte range
-        ├── UnsafeCheckpointError (ValueError)     unsafe             loading it would run code; names the key path
-        ├── UnencodableValueError (TypeError)      unencodable        a value that cannot be stored as data; names the key path
-        └── CheckpointSaveError (OSError)          save_failed        a save did not become durable; names path and step
+        ├── CheckpointNotFoundError (FileNotFoundError)  not_found    nothing is there
+        ├── CheckpointFormatError (ValueError)     format             no checkpoint, or a newer one
+        ├── CheckpointCorruptError (ValueError)    corrupt            a digest does not hold
+        ├── UnsafeCheckpointError (ValueError)     unsafe             loading it would run code
+        ├── UnencodableValueError (TypeError)      unencodable        cannot be stored as data
+        └── CheckpointSaveError (OSError)          save_failed        did not become durable
 
-    SIGTERMException (SystemExit)                  a signal asked the run to stop; raised at a step boundary
+    SIGTERMException (SystemExit)                  a signal asked the run to stop
 
 A handler distinguishes cases by type or by the stable string ``kind``; each error is also the builtin that a caller would
 catch for the same mishap elsewhere.

@@ -11,7 +11,7 @@ class CheckpointHooks:
     """*What* is saved: edit the checkpoint on its way out and in. *How* it is stored is a `CheckpointIO`'s matter."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called while a checkpoint is built, on every rank. Edit `checkpoint` in place to add to or change what is saved."""
+        """Called while a checkpoint is built, on every rank. Edit `checkpoint` in place to change what is saved."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called when a checkpoint was read, before any state is set from it. Take back what you added."""
@@ -172,7 +172,8 @@ class DataHooks:
     def predict_dataloader(self) -> Any:
         """One loader, or a nested list or dict of them, for the predict loop."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no `predict_dataloader`. Define it, or pass the loaders to the Trainer's method."
+            f"{type(self).__name__} has no `predict_dataloader`. Define it, or pass the loaders to the Trainer's"
+            " method."
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -42,9 +42,9 @@ def check(value: Any, root: str = "") -> None:
     def refuse(value: Any, path: tuple[Any, ...]) -> Any:
         where = ".".join(map(str, ((root,) if root else ()) + path))
         raise UnencodableValueError(
-            f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored as data. Store plain "
-            "values, tensors, paths, enums or dataclasses; leave a module out of the hyper-parameters with "
-            "save_hyperparameters(ignore=[...]).",
+            f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored"
+            " as data. Store plain values, tensors, paths, enums or dataclasses; leave a module out of the"
+            " hyper-parameters with save_hyperparameters(ignore=[...]).",
             key_path=where,
         )
 
@@ -65,8 +65,8 @@ def from_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
             value = _decode(item["value"])
         except LookupError as error:
             warnings.warn(
-                f"{'.'.join(map(str, path))}: {error.args[0]} is not imported, so the plain value stands in its place. Import "
-                "the module that defines it before loading.",
+                f"{'.'.join(map(str, path))}: {error.args[0]} is not imported, so the plain value stands in its place."
+                " Import the module that defines it before loading.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -78,7 +78,9 @@ def from_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
-def _plain(value: Any, path: tuple[Any, ...], exact: list[dict[str, Any]], fallback: Callable[[Any, tuple[Any, ...]], Any]) -> Any:
+def _plain(
+    value: Any, path: tuple[Any, ...], exact: list[dict[str, Any]], fallback: Callable[[Any, tuple[Any, ...]], Any]
+) -> Any:
     kind = type(value)
     if kind in _PLAIN or isinstance(value, torch.Tensor):
         return value
@@ -102,8 +104,9 @@ def _pickled(value: Any, path: tuple[Any, ...]) -> Any:
     where = ".".join(map(str, path))
     pickle.dumps(value)  # what cannot even be pickled fails here, with its own message
     warnings.warn(
-        f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored as data. The checkpoint is "
-        "written with it pickled, and loads only with weights_only=False. Store plain values instead.",
+        f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored as"
+        " data. The checkpoint is written with it pickled, and loads only with weights_only=False. Store plain values"
+        " instead.",
         UserWarning,
         stacklevel=2,
     )
@@ -123,7 +126,9 @@ def _nearest(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _nearest(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(_nearest(k)) if not isinstance(k, (str, int, float, bool)) else k: _nearest(v) for k, v in value.items()}
+        return {
+            str(_nearest(k)) if not isinstance(k, (str, int, float, bool)) else k: _nearest(v) for k, v in value.items()
+        }
     if isinstance(value, tuple):
         return tuple(_nearest(v) for v in value)
     if isinstance(value, (list, set, frozenset)):
@@ -196,7 +201,7 @@ def _decode(encoded: Encoded) -> Any:
         cls = _class_of(encoded["class"], object)
         if not dataclasses.is_dataclass(cls):
             raise LookupError(encoded["class"])
-        made = object.__new__(cls)  # fields are set, no code of the class runs
+        made: Any = object.__new__(cls)  # type: ignore[arg-type]  # fields are set, no code of the class runs
         for name, value in encoded["fields"].items():
             object.__setattr__(made, name, _decode(value))
         return made

@@ -1,9 +1,9 @@
 """torch's zip file with a seal: digests of every byte, in a record and in the archive's comment that torch ignores.
 
 Layout: ``[zip entries by torch.save][entry milepost/seal][central directory][end record][comment]``. The seal holds one
-128-bit digest for each MiB of all bytes before its own entry. The comment, ``milepost1:`` and 32 hexadecimal digits, is the
-digest of everything from the seal's entry up to the comment. Files without a seal (torch's, Lightning's) are checked by
-their zip checksums, which `torch.load` itself does not look at.
+128-bit digest for each MiB of all bytes before its own entry. The comment, ``milepost1:`` and 32 hexadecimal digits, is
+the digest of everything from the seal's entry up to the comment. Files without a seal (torch's, Lightning's) are
+checked by their zip checksums, which `torch.load` itself does not look at.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def write(file: IO[bytes], save: Callable[[IO[bytes]], None]) -> None:
     save(file)
     file.flush()
     with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
-        start = archive.start_dir  # type: ignore[attr-defined]  # the seal's entry goes where the directory was
+        start = archive.start_dir  # the seal's entry goes where the directory was
         covered = _digests_of(file, start)
         prefix = archive.namelist()[0].split("/")[0]
-        archive.writestr(f"{prefix}/{_SEAL}", json.dumps({"version": 1, "piece_bytes": PIECE_BYTES, "length": start, "xxh3_128": covered}))
+        archive.writestr(
+            f"{prefix}/{_SEAL}",
+            json.dumps({"version": 1, "piece_bytes": PIECE_BYTES, "length": start, "xxh3_128": covered}),
+        )
         archive.comment = _MARK + b"0" * 32
     file.seek(0, io.SEEK_END)
     end = file.tell() - _COMMENT_BYTES
@@ -61,12 +64,16 @@ def verify(file: IO[bytes], name: str) -> None:
             seal = json.loads(archive.read(seals[0]))
             entries = archive.infolist()
         start = int(seal["length"])
-        if not comment.startswith(_MARK) or comment[len(_MARK) :].decode() != _digest_range(file, start, size - _COMMENT_BYTES):
+        if not comment.startswith(_MARK) or comment[len(_MARK) :].decode() != _digest_range(
+            file, start, size - _COMMENT_BYTES
+        ):
             raise _corrupt(name, (start, size), "the digests themselves")
     except CheckpointCorruptError:
         raise
     except Exception as error:  # a damaged archive can fail in any way inside zipfile
-        raise CheckpointCorruptError(f"{name} is damaged: {error}. Resume from an older one.", path=name, byte_range=(0, size)) from error
+        raise CheckpointCorruptError(
+            f"{name} is damaged: {error}. Resume from an older one.", path=name, byte_range=(0, size)
+        ) from error
     for index, (expected, found) in enumerate(zip(seal["xxh3_128"], _digests_of(file, start), strict=True)):
         if expected != found:
             begin, stop = index * PIECE_BYTES, min((index + 1) * PIECE_BYTES, start)
@@ -82,7 +89,8 @@ def _verify_zip(archive: zipfile.ZipFile, name: str) -> None:
 
 def _corrupt(name: str, span: tuple[int, int], what: str) -> CheckpointCorruptError:
     return CheckpointCorruptError(
-        f"{name} is damaged in bytes {span[0]} to {span[1]}, in {what}. Resume from an older checkpoint: ckpt_path='last' passes over damaged ones.",
+        f"{name} is damaged in bytes {span[0]} to {span[1]}, in {what}. Resume from an older checkpoint:"
+        " ckpt_path='last' passes over damaged ones.",
         path=name,
         tensor=what,
         byte_range=span,
@@ -152,7 +160,9 @@ def _find_inert(value: Any, path: str, seen: set[int]) -> tuple[str, str] | None
     if id(value) in seen:
         return None
     seen.add(id(value))
-    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple, set)) else ()
+    items: Any = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple, set)) else ()
+    )
     for key, item in items:
         if found := _find_inert(item, f"{path}.{key}" if path else str(key), seen):
             return found

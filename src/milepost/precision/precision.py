@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +14,12 @@ from milepost.errors import MisconfigurationException, ResumeError
 class Precision:
     """Everything in the type of the parameters: ``"32-true"``, ``"64-true"``, ``"16-true"``, ``"bf16-true"``."""
 
-    _DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
+    _DTYPES: ClassVar[dict[str, torch.dtype]] = {
+        "32-true": torch.float32,
+        "64-true": torch.float64,
+        "16-true": torch.float16,
+        "bf16-true": torch.bfloat16,
+    }
 
     def __init__(self, precision: str = "32-true") -> None:
         self.precision = precision
@@ -100,7 +105,10 @@ class MixedPrecision(Precision):
         if self._scaler is None:
             return super().step(optimizer, closure, before_step)
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException("LBFGS runs its closure several times a step, which precision='16-mixed' cannot scale. Use 32 or bf16-mixed.")
+            raise MisconfigurationException(
+                "LBFGS runs its closure several times a step, which precision='16-mixed' cannot scale. Use 32 or"
+                " bf16-mixed."
+            )
         result = closure()
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             self._scaler.unscale_(optimizer)
@@ -114,7 +122,10 @@ class MixedPrecision(Precision):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._scaler is None:
-            raise ResumeError(f"The checkpoint holds a gradient scaler's state, but precision={self.precision!r} has none. Resume with precision='16-mixed'.")
+            raise ResumeError(
+                f"The checkpoint holds a gradient scaler's state, but precision={self.precision!r} has none. Resume"
+                " with precision='16-mixed'."
+            )
         self._scaler.load_state_dict(state_dict)
 
 
@@ -134,6 +145,7 @@ def make_precision(precision: str | int | None, device_type: str) -> Precision:
     name = _NAMES.get(None if precision is None else str(precision))
     if name is None:
         raise MisconfigurationException(
-            f"precision={precision!r} is not supported. Use one of 32, 64, '16-mixed', 'bf16-mixed', '16-true', 'bf16-true'."
+            f"precision={precision!r} is not supported. Use one of 32, 64, '16-mixed', 'bf16-mixed', '16-true',"
+            " 'bf16-true'."
         )
     return MixedPrecision(name, device_type) if name.endswith("mixed") else Precision(name)

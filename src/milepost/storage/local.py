@@ -40,8 +40,8 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
                 temporary.unlink()
         cause = f"{type(error).__name__}: {error}"
         raise CheckpointSaveError(
-            f"Saving the checkpoint of step {step} to {str(path)!r} failed: {cause}. What was there before is intact; free "
-            "space or fix the permissions of the directory, or give another dirpath.",
+            f"Saving the checkpoint of step {step} to {str(path)!r} failed: {cause}. What was there before is intact;"
+            " free space or fix the permissions of the directory, or give another dirpath.",
             path=str(path),
             step=step,
         ) from error

@@ -17,7 +17,9 @@ class SingleDeviceStrategy(Strategy):
         checkpoint_io: how checkpoints are stored.
     """
 
-    def __init__(self, device: torch.device | str | int = "cpu", accelerator: Any = None, checkpoint_io: Any = None) -> None:
+    def __init__(
+        self, device: torch.device | str | int = "cpu", accelerator: Any = None, checkpoint_io: Any = None
+    ) -> None:
         super().__init__(checkpoint_io)
         self._device = torch.device(device)
 

@@ -47,8 +47,8 @@ class Strategy:
     def checkpoint_io(self, io: Any) -> None:
         if not io_calls.is_checkpoint_io(io):
             raise MisconfigurationException(
-                f"checkpoint_io={io!r} is not a CheckpointIO: it needs the methods save_checkpoint, load_checkpoint and "
-                "remove_checkpoint."
+                f"checkpoint_io={io!r} is not a CheckpointIO: it needs the methods save_checkpoint, load_checkpoint and"
+                " remove_checkpoint."
             )
         self._checkpoint_io = io
 

@@ -36,24 +36,35 @@ def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: 
     if model_registry is not None:
         raise defaults.refuse("model_registry", model_registry, "there is no model registry. Give ckpt_path a path.")
     if profiler is not None and not hasattr(profiler, "profile"):
-        raise defaults.refuse("profiler", profiler, "give an object with a `profile(name)` context manager, such as one of milepost.profilers.")
+        raise defaults.refuse(
+            "profiler",
+            profiler,
+            "give an object with a `profile(name)` context manager, such as one of milepost.profilers.",
+        )
 
 
 def validation_interval(value: Any, every_n_epoch: int | None) -> tuple[int | float, float | None]:
-    """Resolve ``val_check_interval``: batches (int), a fraction of the epoch (float), or seconds (as the second item)."""
+    """Resolve ``val_check_interval``: batches (int), a fraction of the epoch (float), or seconds (second item)."""
     if value is None:
         return 1.0, None
     if isinstance(value, (str, dict, timedelta)):
         duration = defaults.parse_duration(value, "val_check_interval")
         assert duration is not None
         return 1.0, duration.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or (isinstance(value, float) and value > 1.0):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value <= 0
+        or (isinstance(value, float) and value > 1.0)
+    ):
         raise MisconfigurationException(
-            f"val_check_interval={value!r}: give a number of batches (int ≥ 1), a fraction of an epoch (float up to 1.0), or a duration."
+            f"val_check_interval={value!r}: give a number of batches (int ≥ 1), a fraction of an epoch (float up to"
+            " 1.0), or a duration."
         )
     if every_n_epoch is None and isinstance(value, float):
         raise MisconfigurationException(
-            f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={value!r} must be an int."
+            f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={value!r} must be an"
+            " int."
         )
     return value, None
 
@@ -86,8 +97,12 @@ def strategy_and_precision(
         )
     for kind, found in (("CheckpointIO", ios), ("Precision", precisions)):
         if len(found) > 1:
-            raise MisconfigurationException(f"Received {len(found)} values for {kind} in `plugins`; expected one at most.")
-    built = strategy if isinstance(strategy, Strategy) else SingleDeviceStrategy(_device(strategy, accelerator, devices))
+            raise MisconfigurationException(
+                f"Received {len(found)} values for {kind} in `plugins`; expected one at most."
+            )
+    built = (
+        strategy if isinstance(strategy, Strategy) else SingleDeviceStrategy(_device(strategy, accelerator, devices))
+    )
     if ios:
         if built.has_own_checkpoint_io:
             raise MisconfigurationException("checkpoint_io set through both strategy class and plugins, choose one.")
@@ -106,9 +121,13 @@ def _device(strategy: str, accelerator: str, devices: Any) -> torch.device:
     if isinstance(devices, (list, tuple)) and len(devices) == 1:
         index = int(devices[0])
     elif devices not in ("auto", 1, "1", None) and not (devices in (-1, "-1") and torch.cuda.device_count() <= 1):
-        raise defaults.refuse("devices", devices, "this version trains on one device: 1, 'auto', or a list of one index.")
+        raise defaults.refuse(
+            "devices", devices, "this version trains on one device: 1, 'auto', or a list of one index."
+        )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise MisconfigurationException(f"accelerator={accelerator!r}, but torch sees no CUDA device. Use accelerator='cpu' or 'auto'.")
+        raise MisconfigurationException(
+            f"accelerator={accelerator!r}, but torch sees no CUDA device. Use accelerator='cpu' or 'auto'."
+        )
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", index)
@@ -140,12 +159,13 @@ def callbacks(
     """The user's callbacks with the default ones; checkpointers last."""
     found = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for callback in found:
-        if not isinstance(callback, Callback) and not hasattr(callback, "on_train_batch_end"):
+        if not hasattr(callback, "on_train_batch_end"):
             raise MisconfigurationException(f"callbacks: {callback!r} is not a Callback.")
     checkpointers = [c for c in found if isinstance(c, Checkpoint)]
     if checkpointing is False and checkpointers:
         raise MisconfigurationException(
-            f"enable_checkpointing=False, but {type(checkpointers[0]).__name__} is among the callbacks. Remove one of the two."
+            f"enable_checkpointing=False, but {type(checkpointers[0]).__name__} is among the callbacks. Remove one of"
+            " the two."
         )
     if checkpointing is not False and not checkpointers:
         from milepost.callbacks.model_checkpoint import ModelCheckpoint
@@ -197,7 +217,7 @@ def checked_module(model: Any, previous: Any, fn: str) -> Module:
 
 def _compiled(wrapper: Any, original: Module) -> Module:
     """Train the original module, whose steps call the compiled forward: hooks, names and keys stay its own."""
-    original.forward = wrapper.dynamo_ctx(original.forward)  # type: ignore[method-assign]
+    original.forward = wrapper.dynamo_ctx(original.forward)
     return original
 
 

@@ -71,7 +71,9 @@ def batch_limit(value: int | float | None, name: str, fast_dev_run: int) -> int 
         return 1.0
     if (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0.0 <= value <= 1.0):
         return value
-    raise MisconfigurationException(f"{name}={value!r}: give a number of batches (int ≥ 0) or a fraction of them (float from 0.0 to 1.0).")
+    raise MisconfigurationException(
+        f"{name}={value!r}: give a number of batches (int ≥ 0) or a fraction of them (float from 0.0 to 1.0)."
+    )
 
 
 def positive(value: int, name: str) -> int:

@@ -38,7 +38,9 @@ class EvaluationLoop:
     @property
     def enabled(self) -> bool:
         """Whether there is anything to run: a step is defined, batches are not limited to none."""
-        step_defined = self.stage == "predict" or is_overridden(f"{self.stage}_step", self.trainer.lightning_module, Module)
+        step_defined = self.stage == "predict" or is_overridden(
+            f"{self.stage}_step", self.trainer.lightning_module, Module
+        )
         return step_defined and getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches") != 0
 
     def load_data(self, force: bool = False) -> None:
@@ -129,7 +131,7 @@ class EvaluationLoop:
             part.training = training
 
     def sanity_check(self, batches: int) -> None:
-        """Run a few validation batches before training: mistakes show at once. Metrics and random state are put back."""
+        """Run a few validation batches before training: mistakes show at once. Random state is put back."""
         trainer = self.trainer
         self.load_data()
         if self.stream is None or not self.enabled or batches == 0:
@@ -152,5 +154,6 @@ def check_step_signature(module: Module, stage: str, loaders: int) -> None:
     step = getattr(module, f"{stage}_step")
     if loaders > 1 and not takes_argument(step, "dataloader_idx", 3):
         raise MisconfigurationException(
-            f"{stage}_step of {type(module).__name__} does not take `dataloader_idx`, but there are {loaders} loaders. Add the argument."
+            f"{stage}_step of {type(module).__name__} does not take `dataloader_idx`, but there are {loaders} loaders."
+            " Add the argument."
         )

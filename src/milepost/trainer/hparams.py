@@ -14,7 +14,6 @@ import torch
 from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException
 
-
 T = TypeVar("T")
 
 
@@ -114,8 +113,10 @@ def _argument_name(frame: Any, value: Any) -> str:
 def _constructor_arguments(frame: Any, cls: type) -> dict[str, Any]:
     """Arguments of the running ``__init__`` and of every subclass's ``__init__`` above it on the stack."""
     collected: dict[str, Any] = {}
-    while frame is not None and frame.f_code.co_name == "__init__" and isinstance(
-        frame.f_locals.get(_self_name(frame)), cls
+    while (
+        frame is not None
+        and frame.f_code.co_name == "__init__"
+        and isinstance(frame.f_locals.get(_self_name(frame)), cls)
     ):
         info = inspect.getargvalues(frame)
         found = {name: info.locals[name] for name in info.args[1:] if name in info.locals}
@@ -131,9 +132,7 @@ def _self_name(frame: types.FrameType) -> str:
     return frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
 
 
-def instantiate(
-    cls: type[T], saved: Mapping[str, Any], overrides: Mapping[str, Any], *, name: str
-) -> T:
+def instantiate(cls: type[T], saved: Mapping[str, Any], overrides: Mapping[str, Any], *, name: str) -> T:
     """Build `cls` from hyper-parameters saved in a checkpoint. The caller's RNG is left alone."""
     values: dict[str, Any] = {**saved, **overrides}
     parameters = inspect.signature(cls.__init__).parameters
@@ -145,9 +144,7 @@ def instantiate(
     missing = [
         p.name
         for p in list(parameters.values())[1:]
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in arguments
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
     ]
     if missing:
         raise TypeError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class FitLoop:
-    """Trains. Everything that a restart needs to know of its position is in `progress`, `phase` and the stream's state."""
+    """Trains. What a restart needs to know of the position is in `progress`, `phase` and the stream's state."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -183,14 +183,20 @@ class FitLoop:
     @property
     def can_stop_early(self) -> bool:
         trainer = self.trainer
-        return self.progress.epoch.current.processed >= (trainer.min_epochs or 0) and self.global_step >= (trainer.min_steps or 0)
+        return self.progress.epoch.current.processed >= (trainer.min_epochs or 0) and self.global_step >= (
+            trainer.min_steps or 0
+        )
 
     def _steps_done(self) -> bool:
         return self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps
 
     def _done(self) -> bool:
         trainer = self.trainer
-        epochs = trainer.max_epochs is not None and trainer.max_epochs != -1 and self.progress.epoch.current.processed >= trainer.max_epochs
+        epochs = (
+            trainer.max_epochs is not None
+            and trainer.max_epochs != -1
+            and self.progress.epoch.current.processed >= trainer.max_epochs
+        )
         return self._steps_done() or epochs or (trainer.should_stop and self.can_stop_early)
 
     def _epoch_done(self) -> bool:
@@ -198,7 +204,10 @@ class FitLoop:
         if self._steps_done() or (self._last_batch_reached and self.progress.batch.current.ready > 0):
             return True
         if trainer.should_stop and not self.can_stop_early:
-            trainer.warn_once(f"A stop was asked for, but min_epochs={trainer.min_epochs!r} or min_steps={trainer.min_steps!r} is not met yet: training goes on.")
+            trainer.warn_once(
+                f"A stop was asked for, but min_epochs={trainer.min_epochs!r} or min_steps={trainer.min_steps!r} is not"
+                " met yet: training goes on."
+            )
         return trainer.should_stop and self.can_stop_early
 
     def _validation_due(self) -> bool:
@@ -242,15 +251,17 @@ class FitLoop:
         if isinstance(interval, int):
             if interval > batches and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
                 raise ValueError(
-                    f"val_check_interval={interval} is more than the {batches} training batches of an epoch. Use at most that, "
-                    "or check_val_every_n_epoch=None to count batches across epochs, or limit_val_batches=0 for no validation."
+                    f"val_check_interval={interval} is more than the {batches} training batches of an epoch. Use at"
+                    " most that, or check_val_every_n_epoch=None to count batches across epochs, or"
+                    " limit_val_batches=0 for no validation."
                 )
             return interval
         if math.isinf(batches):
             if interval == 1.0:
                 return math.inf
             raise MisconfigurationException(
-                f"val_check_interval={interval} is a fraction of an epoch whose length is unknown. Give an int (batches) or 1.0."
+                f"val_check_interval={interval} is a fraction of an epoch whose length is unknown. Give an int"
+                " (batches) or 1.0."
             )
         return max(1, int(batches * interval))
 

@@ -12,7 +12,9 @@ from torchmetrics import Metric
 from milepost.errors import MisconfigurationException
 from milepost.trainer.transfer import map_tensors
 
-_FORBIDDEN = frozenset({"setup", "teardown", "on_fit_start", "on_fit_end", "on_train_end", "on_validation_end", "on_test_end"})
+_FORBIDDEN = frozenset(
+    {"setup", "teardown", "on_fit_start", "on_fit_end", "on_train_end", "on_validation_end", "on_test_end"}
+)
 _REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.add,
     "min": torch.minimum,
@@ -142,7 +144,9 @@ class Metrics:
             last = getattr(value, "_forward_cache", None)
             entry.value = None if last is None else torch.as_tensor(last).detach()
         elif isinstance(value, Mapping):
-            raise ValueError(f"self.log({name!r}, ...) got a {type(value).__name__}: use self.log_dict for several values.")
+            raise ValueError(
+                f"self.log({name!r}, ...) got a {type(value).__name__}: use self.log_dict for several values."
+            )
         else:
             entry.add(_scalar(name, value, enable_graph), (lambda: batch_size) if batch_size else self._size_of_batch)
         self._touched.append(entry)
@@ -150,16 +154,30 @@ class Metrics:
             self._publish_step(entry)
 
     def _new_entry(
-        self, hook: str, key: str, on_step: bool | None, on_epoch: bool | None, reduce_fx: Any, prog_bar: bool, logger: bool
+        self,
+        hook: str,
+        key: str,
+        on_step: bool | None,
+        on_epoch: bool | None,
+        reduce_fx: Any,
+        prog_bar: bool,
+        logger: bool,
     ) -> _Entry:
         if hook in _FORBIDDEN:
-            raise MisconfigurationException(f"self.log({key!r}, ...) inside `{hook}`: values cannot be logged there. Log in a step or an epoch hook.")
+            raise MisconfigurationException(
+                f"self.log({key!r}, ...) inside `{hook}`: values cannot be logged there. Log in a step or an epoch"
+                " hook."
+            )
         per_batch = hook == "training_step" or "train_batch" in hook or hook in _BACKWARD
         epoch_hook = not per_batch and "batch" not in hook and not hook.endswith("_step")
         if not callable(reduce_fx) and reduce_fx not in ("mean", *_REDUCTIONS):
-            raise MisconfigurationException(f"self.log({key!r}, reduce_fx={reduce_fx!r}): use 'mean', 'sum', 'min', 'max' or a function.")
+            raise MisconfigurationException(
+                f"self.log({key!r}, reduce_fx={reduce_fx!r}): use 'mean', 'sum', 'min', 'max' or a function."
+            )
         if epoch_hook and on_step:
-            raise MisconfigurationException(f"self.log({key!r}, on_step=True) inside `{hook}`, which is no batch hook: use on_epoch=True.")
+            raise MisconfigurationException(
+                f"self.log({key!r}, on_step=True) inside `{hook}`, which is no batch hook: use on_epoch=True."
+            )
         entry = _Entry(
             key=key,
             on_step=per_batch if on_step is None else on_step,
@@ -169,7 +187,9 @@ class Metrics:
             reduction=reduce_fx,
         )
         if not entry.on_step and not entry.on_epoch:
-            raise MisconfigurationException(f"self.log({key!r}, on_step=False, on_epoch=False) records nothing: set one of them.")
+            raise MisconfigurationException(
+                f"self.log({key!r}, on_step=False, on_epoch=False) records nothing: set one of them."
+            )
         self.current.entries[(hook, key)] = entry
         return entry
 
@@ -245,7 +265,9 @@ _BACKWARD = frozenset(
 def _scalar(name: str, value: Any, enable_graph: bool) -> torch.Tensor:
     tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
     if tensor.numel() != 1:
-        raise ValueError(f"self.log({name!r}, ...) takes one number; got a tensor of shape {tuple(tensor.shape)}. Reduce it first.")
+        raise ValueError(
+            f"self.log({name!r}, ...) takes one number; got a tensor of shape {tuple(tensor.shape)}. Reduce it first."
+        )
     tensor = tensor.reshape(())
     # cloned: the caller may change it in place (a running total) while the epoch's value is kept here
     return tensor if enable_graph else tensor.detach().clone()

@@ -44,7 +44,9 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
     def trainer(self) -> Trainer:
         """The Trainer that runs this module. Raises RuntimeError when there is none."""
         if self._trainer is None:
-            raise RuntimeError(f"{type(self).__qualname__} is not attached to a `Trainer`: pass it to `trainer.fit` first.")
+            raise RuntimeError(
+                f"{type(self).__qualname__} is not attached to a `Trainer`: pass it to `trainer.fit` first."
+            )
         return self._trainer
 
     @trainer.setter
@@ -52,7 +54,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         self._trainer = trainer
         for child in self.children():
             if isinstance(child, Module):
-                child.trainer = trainer  # type: ignore[assignment]
+                child.trainer = trainer
 
     @property
     def automatic_optimization(self) -> bool:
@@ -216,11 +218,9 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Override to change how gradients are computed."""
-        loss.backward(*args, **kwargs)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
         """Override to change when the optimizer steps; call ``optimizer.step(closure=optimizer_closure)`` inside."""
         optimizer.step(closure=optimizer_closure)
 
@@ -252,7 +252,9 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
     ) -> None:
         """Clip the gradients of `optimizer`'s parameters, by ``"norm"`` (default) or ``"value"``."""
         if gradient_clip_val:
-            self.trainer.precision_plugin.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm or "norm")
+            self.trainer.precision_plugin.clip_gradients(
+                optimizer, gradient_clip_val, gradient_clip_algorithm or "norm"
+            )
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:
@@ -312,7 +314,8 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             kwargs: constructor arguments that override saved hyper-parameters.
 
         Raises:
-            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file is missing, damaged, unsafe.
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file is missing, damaged or
+                unsafe.
             ResumeError: keys of the checkpoint and of the module differ, and `strict` holds.
         """
         if hparams_file is not None:
@@ -345,8 +348,8 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: boo
         model.load_state_dict(state, strict=strict)
     except RuntimeError as error:
         raise ResumeError(
-            f"The checkpoint does not fit {type(model).__name__}: {error}\nIf the difference is meant, pass strict=False "
-            "to load_from_checkpoint, or set `strict_loading = False` on the module."
+            f"The checkpoint does not fit {type(model).__name__}: {error}\nIf the difference is meant, pass"
+            " strict=False to load_from_checkpoint, or set `strict_loading = False` on the module."
         ) from error
 
 

@@ -43,7 +43,11 @@ def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConf
     if isinstance(returned, Mapping):
         return _from_mappings([returned])
     if isinstance(returned, (list, tuple)):
-        if len(returned) == 2 and isinstance(returned[0], (list, tuple)) and all(isinstance(o, Optimizer) for o in returned[0]):
+        if (
+            len(returned) == 2
+            and isinstance(returned[0], (list, tuple))
+            and all(isinstance(o, Optimizer) for o in returned[0])
+        ):
             schedulers = returned[1] if isinstance(returned[1], (list, tuple)) else [returned[1]]
             return list(returned[0]), [_scheduler(s) for s in schedulers if s is not None]
         if all(isinstance(o, Optimizer) for o in returned):
@@ -82,7 +86,9 @@ def _scheduler(given: Any, monitor: str | None = None) -> SchedulerConfig:
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(f"lr_scheduler interval={config.interval!r}: use 'step' or 'epoch'.")
     if config.reduce_on_plateau and config.monitor is None:
-        raise MisconfigurationException("ReduceLROnPlateau needs a metric: give the lr_scheduler dict the key 'monitor'.")
+        raise MisconfigurationException(
+            "ReduceLROnPlateau needs a metric: give the lr_scheduler dict the key 'monitor'."
+        )
     if not isinstance(config.scheduler, LRScheduler) and not hasattr(config.scheduler, "step"):
         raise MisconfigurationException(f"lr_scheduler={config.scheduler!r} has no method `step`.")
     return config
@@ -142,14 +148,18 @@ class Optimization:
 
     def _training_step(self, batch: Any, batch_idx: int) -> Any:
         trainer = self._trainer
-        with trainer.precision_plugin.forward_context(), trainer.in_hook("training_step"), trainer.profile("training_step"):
+        with (
+            trainer.precision_plugin.forward_context(),
+            trainer.in_hook("training_step"),
+            trainer.profile("training_step"),
+        ):
             return trainer.call_step("training_step", batch, batch_idx)
 
     def _closure(self, batch: Any, batch_idx: int, accumulating: bool) -> Callable[[], Any]:
         self._last_output = _NOT_RUN
         first = batch_idx % self._trainer.accumulate_grad_batches == 0
 
-        @torch.enable_grad()  # type: ignore[untyped-decorator]
+        @torch.enable_grad()
         def closure() -> torch.Tensor | None:
             output = self._training_step(batch, batch_idx)
             loss = _loss_of(output)
@@ -218,7 +228,9 @@ class Optimization:
                         f"Logged so far: {sorted(trainer.callback_metrics)}."
                     )
                     if config.strict:
-                        raise MisconfigurationException(message + " Log it, or set 'strict': False in the lr_scheduler dict.")
+                        raise MisconfigurationException(
+                            message + " Log it, or set 'strict': False in the lr_scheduler dict."
+                        )
                     trainer.warn_once(message + " The learning rate is left as it is.")
                     continue
             self._progress.scheduler.add("ready")
@@ -236,8 +248,8 @@ def _loss_of(output: Any) -> torch.Tensor | None:
         loss: torch.Tensor = output["loss"]
         return loss
     raise MisconfigurationException(
-        f"training_step returned {type(output).__name__}: in automatic optimization return the loss tensor, a dict with the "
-        "key 'loss', or None to skip the batch."
+        f"training_step returned {type(output).__name__}: in automatic optimization return the loss tensor, a dict with"
+        " the key 'loss', or None to skip the batch."
     )
 
 

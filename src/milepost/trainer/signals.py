@@ -12,8 +12,7 @@ from typing import Any
 class SignalFlags:
     """Watches SIGTERM, SIGUSR1 (SLURM's warning) and any others named, for the duration of a run.
 
-    The first signal sets a flag. A second one of the same kind puts the previous handler back and is delivered again, so
-    that it ends the process at once.
+    The first signal sets a flag. A second one of the same kind ends the process at once.
     """
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)) -> None:

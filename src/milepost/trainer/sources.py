@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def requested_loaders(trainer: Trainer, name: str) -> Any:
-    """The loaders for `name` (``train``, ``val``, ``test``, ``predict``): given to the run, the data module's, the module's.
+    """The loaders for `name` (``train``, ``val``, ``test``, ``predict``): the run's, the data module's or the module's.
 
     Returns None where nobody defines them.
     """
@@ -42,14 +42,19 @@ def training_stream(trainer: Trainer) -> BatchStream | None:
     loaders = requested_loaders(trainer, "train")
     if loaders is None:
         raise MisconfigurationException(
-            f"`Trainer.fit` needs training data: define `train_dataloader` on {type(trainer.lightning_module).__name__} or on a "
-            "DataModule, or call trainer.fit(model, train_dataloaders=...)."
+            f"`Trainer.fit` needs training data: define `train_dataloader` on {type(trainer.lightning_module).__name__}"
+            " or on a DataModule, or call trainer.fit(model, train_dataloaders=...)."
         )
     limit = trainer.limit_train_batches
     if trainer.overfit_batches:
         loaders, limit = _without_shuffle(loaders), trainer.overfit_batches
     return BatchStream(
-        loaders, mode="max_size_cycle", limits=_limit(limit), seed=trainer.data_seed, rank=trainer.global_rank, name="train_dataloader"
+        loaders,
+        mode="max_size_cycle",
+        limits=_limit(limit),
+        seed=trainer.data_seed,
+        rank=trainer.global_rank,
+        name="train_dataloader",
     )
 
 
@@ -63,7 +68,12 @@ def evaluation_stream(trainer: Trainer, name: str, limit: int | float | None) ->
     if name == "val" and trainer.overfit_batches:
         loaders, limit = _without_shuffle(loaders), trainer.overfit_batches
     return BatchStream(
-        loaders, mode="sequential", limits=_limit(limit), seed=trainer.data_seed, rank=trainer.global_rank, name=f"{name}_dataloader"
+        loaders,
+        mode="sequential",
+        limits=_limit(limit),
+        seed=trainer.data_seed,
+        rank=trainer.global_rank,
+        name=f"{name}_dataloader",
     )
 
 

@@ -33,7 +33,9 @@ def without_compile_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
     """Read a `.ckpt` file of ours or Lightning's for `load_from_checkpoint`."""
-    checkpoint: dict[str, Any] = io_calls.load(TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only)
+    checkpoint: dict[str, Any] = io_calls.load(
+        TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only
+    )
     return checkpoint
 
 
@@ -140,8 +142,8 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             callback.load_state_dict(states[key])
     if missing := sorted(set(states) - {key for key, _ in callback_keys(trainer)}):
         trainer.warn_once(
-            f"The checkpoint holds the state of callbacks that this Trainer does not have: {missing}. It is left out; add them "
-            "to Trainer(callbacks=...) if it is wanted."
+            f"The checkpoint holds the state of callbacks that this Trainer does not have: {missing}. It is left out;"
+            " add them to Trainer(callbacks=...) if it is wanted."
         )
 
 
@@ -149,8 +151,8 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Precision, counters, optimizers, schedulers, gradients, and the position at which the loop goes on."""
     if "optimizer_states" not in checkpoint:
         raise ResumeError(
-            "The checkpoint holds the model only (it was saved with save_weights_only=True), so training cannot go on from it. "
-            "Load the weights with load_from_checkpoint and start a new fit."
+            "The checkpoint holds the model only (it was saved with save_weights_only=True), so training cannot go on"
+            " from it. Load the weights with load_from_checkpoint and start a new fit."
         )
     precision = trainer.precision_plugin
     if precision.state_key in checkpoint:
@@ -164,16 +166,16 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         loop.progress.epoch.current.completed = loop.progress.epoch.current.processed
     if trainer.max_epochs not in (None, -1) and trainer.current_epoch > trainer.max_epochs:
         raise ResumeError(
-            f"The checkpoint stands at epoch {trainer.current_epoch}, but Trainer(max_epochs={trainer.max_epochs}) ends before it. "
-            "Raise max_epochs."
+            f"The checkpoint stands at epoch {trainer.current_epoch}, but Trainer(max_epochs={trainer.max_epochs}) ends"
+            " before it. Raise max_epochs."
         )
     if exact:
         _restore_exactly(trainer, exact)
     elif loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
         loop.stream_state = {"batches_seen": loop.progress.batch.current.processed}
         trainer.warn_once(
-            "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor the order of "
-            "the data, so the rest of this epoch is not the one that Lightning would have trained on."
+            "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor the"
+            " order of the data, so the rest of this epoch is not the one that Lightning would have trained on."
         )
 
 
@@ -193,29 +195,31 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     states = checkpoint["optimizer_states"]
     if len(states) != len(trainer.optimizers):
         raise ResumeError(
-            f"The checkpoint holds {len(states)} optimizers, configure_optimizers returned {len(trainer.optimizers)}. They must "
-            "be the same to go on; to train on with others, load the weights with load_from_checkpoint."
+            f"The checkpoint holds {len(states)} optimizers, configure_optimizers returned {len(trainer.optimizers)}."
+            " They must be the same to go on; to train on with others, load the weights with load_from_checkpoint."
         )
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
         saved = [len(group["params"]) for group in state["param_groups"]]
         present = [len(group["params"]) for group in optimizer.param_groups]
         if saved != present:
             raise ResumeError(
-                f"{type(optimizer).__name__}: the checkpoint's parameter groups hold {saved} parameters, this run's {present}. "
-                "Build the optimizer over the same parameters."
+                f"{type(optimizer).__name__}: the checkpoint's parameter groups hold {saved} parameters, this run's"
+                f" {present}. Build the optimizer over the same parameters."
             )
         expected, found = set(optimizer.param_groups[0]), set(state["param_groups"][0])
         if missing := expected - found - {"initial_lr"}:
             raise ResumeError(
-                f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was saved by "
-                "another class of optimizer. Use that one, or load the weights alone with load_from_checkpoint."
+                f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was"
+                " saved by another class of optimizer. Use that one, or load the weights alone with"
+                " load_from_checkpoint."
             )
         optimizer.load_state_dict(state)
         _keep_saved_dtypes(optimizer, state)
     schedulers = checkpoint.get("lr_schedulers", [])
     if len(schedulers) != len(trainer.lr_scheduler_configs):
         raise ResumeError(
-            f"The checkpoint holds {len(schedulers)} schedulers, configure_optimizers returned {len(trainer.lr_scheduler_configs)}."
+            f"The checkpoint holds {len(schedulers)} schedulers, configure_optimizers returned"
+            f" {len(trainer.lr_scheduler_configs)}."
         )
     for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
         config.scheduler.load_state_dict(state)

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerState:
-    """What the Trainer is doing. `fn`: fit, validate, test or predict; `status`: initializing, running, finished, interrupted."""
+    """What the Trainer is doing.
+
+    `fn`: fit, validate, test or predict; `status`: initializing, running, finished or interrupted.
+    """
 
     fn: str | None = None
     status: str = "initializing"
@@ -51,8 +54,8 @@ class Trainer:
     """Runs a `Module`. All arguments are keyword-only and carry Lightning's names and meanings.
 
     Raises:
-        MisconfigurationException: arguments that contradict each other, or that this version does not support; the message
-            names the remedy.
+        MisconfigurationException: arguments that contradict each other, or that this version does not support;
+            the message names the remedy.
     """
 
     def __init__(
@@ -100,13 +103,20 @@ class Trainer:
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
-        assembly.refuse_unsupported(num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry, profiler=profiler)
+        assembly.refuse_unsupported(
+            num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry, profiler=profiler
+        )
         dev = int(fast_dev_run)
         plain = barebones or bool(dev)
         self.fast_dev_run = fast_dev_run
         self.barebones = barebones
         self.limits = defaults.resolve_limits(
-            max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, max_time=max_time, fast_dev_run=dev
+            max_epochs=max_epochs,
+            min_epochs=min_epochs,
+            max_steps=max_steps,
+            min_steps=min_steps,
+            max_time=max_time,
+            fast_dev_run=dev,
         )
         self.max_epochs, self.min_epochs = self.limits.max_epochs, self.limits.min_epochs
         self.max_steps, self.min_steps = self.limits.max_steps, self.limits.min_steps
@@ -116,7 +126,9 @@ class Trainer:
         self.limit_predict_batches = defaults.batch_limit(limit_predict_batches, "limit_predict_batches", dev)
         self.overfit_batches = overfit_batches
         self.check_val_every_n_epoch = check_val_every_n_epoch
-        self.val_check_interval, self.val_check_seconds = assembly.validation_interval(val_check_interval, check_val_every_n_epoch)
+        self.val_check_interval, self.val_check_seconds = assembly.validation_interval(
+            val_check_interval, check_val_every_n_epoch
+        )
         self.num_sanity_val_steps = 0 if plain else 2 if num_sanity_val_steps is None else num_sanity_val_steps
         self.log_every_n_steps = 0 if barebones else 50 if log_every_n_steps is None else log_every_n_steps
         self.accumulate_grad_batches = defaults.positive(accumulate_grad_batches, "accumulate_grad_batches")
@@ -129,7 +141,9 @@ class Trainer:
         self.default_root_dir = defaults.root_dir(default_root_dir)
         assembly.set_determinism(deterministic, benchmark)
 
-        self.strategy, self.precision_plugin = assembly.strategy_and_precision(strategy, accelerator, devices, precision, plugins)
+        self.strategy, self.precision_plugin = assembly.strategy_and_precision(
+            strategy, accelerator, devices, precision, plugins
+        )
         self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not plain)
         self.callbacks = assembly.callbacks(
             callbacks,
@@ -178,14 +192,18 @@ class Trainer:
             CheckpointError: the checkpoint is missing, damaged or unsafe.
             ResumeError: it does not fit this model or run.
         """
-        self._run("fit", model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, ckpt_path, weights_only)
+        self._run(
+            "fit", model, {"train": train_dataloaders, "val": val_dataloaders}, datamodule, ckpt_path, weights_only
+        )
 
     def validate(
         self, model: Module | None = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
         datamodule: DataModule | None = None, weights_only: bool | None = None,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the validation loaders. Returns a dict of metrics per loader."""
-        results: list[dict[str, float]] = self._run("validate", model, {"val": dataloaders}, datamodule, ckpt_path, weights_only)
+        results: list[dict[str, float]] = self._run(
+            "validate", model, {"val": dataloaders}, datamodule, ckpt_path, weights_only
+        )
         self._print_results(results, verbose)
         return results
 
@@ -194,7 +212,9 @@ class Trainer:
         datamodule: DataModule | None = None, weights_only: bool | None = None,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the test loaders. Returns a dict of metrics per loader."""
-        results: list[dict[str, float]] = self._run("test", model, {"test": dataloaders}, datamodule, ckpt_path, weights_only)
+        results: list[dict[str, float]] = self._run(
+            "test", model, {"test": dataloaders}, datamodule, ckpt_path, weights_only
+        )
         self._print_results(results, verbose)
         return results
 
@@ -203,7 +223,9 @@ class Trainer:
         return_predictions: bool | None = None, ckpt_path: Any = None, weights_only: bool | None = None,
     ) -> list[Any] | None:  # fmt: skip
         """Run `predict_step` over the loaders. Returns the outputs, one list per loader where there are several."""
-        predictions: list[Any] = self._run("predict", model, {"predict": dataloaders}, datamodule, ckpt_path, weights_only)
+        predictions: list[Any] = self._run(
+            "predict", model, {"predict": dataloaders}, datamodule, ckpt_path, weights_only
+        )
         return None if return_predictions is False else predictions
 
     def save_checkpoint(
@@ -228,7 +250,15 @@ class Trainer:
 
     # ---- a run ---------------------------------------------------------------------------------------------------
 
-    def _run(self, fn: str, model: Module | None, loaders: dict[str, Any], datamodule: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
+    def _run(
+        self,
+        fn: str,
+        model: Module | None,
+        loaders: dict[str, Any],
+        datamodule: Any,
+        ckpt_path: Any,
+        weights_only: bool | None,
+    ) -> Any:
         provided = model is not None
         model = assembly.checked_module(model, self.lightning_module, fn)
         self.loaders, self.datamodule = assembly.checked_data(loaders, datamodule)
@@ -252,14 +282,16 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_exception(self, self.lightning_module, error)
         except Exception as second:
-            error.add_note(f"While callbacks were told of this error, another one occurred: {type(second).__name__}: {second}")
+            error.add_note(
+                f"While callbacks were told of this error, another one occurred: {type(second).__name__}: {second}"
+            )
         finally:
             for logger in self.loggers:
                 logger.finalize("failed")
             self.strategy.teardown()
 
     def _prepare_and_run(self, fn: str, model: Module, weights_only: bool | None) -> Any:
-        model.trainer = self  # type: ignore[assignment]
+        model.trainer = self
         assembly.attach_module_callbacks(self, model)
         if self.datamodule is not None:
             self.datamodule.trainer = self
@@ -283,7 +315,11 @@ class Trainer:
             self.fit_loop.optimization.attach(self.optimizers)
         del checkpoint
         with torch.autograd.set_detect_anomaly(self.detect_anomaly):
-            results = self._run_fit() if fn == "fit" else self._run_evaluation(fn)
+            results = None
+            if fn == "fit":
+                self._run_fit()
+            else:
+                results = self._run_evaluation(fn)
         for logger in self.loggers:
             logger.finalize("success")
         if fn == "fit":
@@ -298,8 +334,9 @@ class Trainer:
         checkpoint = self.strategy.load_checkpoint(self.ckpt_path, weights_only=weights_only)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ResumeError(
-                f"{type(self.strategy.checkpoint_io).__name__} loaded {type(checkpoint).__name__} from {self.ckpt_path!r}, which is no "
-                "checkpoint: load_checkpoint must return the dict that save_checkpoint was given."
+                f"{type(self.strategy.checkpoint_io).__name__} loaded {type(checkpoint).__name__} from"
+                f" {self.ckpt_path!r}, which is no checkpoint: load_checkpoint must return the dict that"
+                " save_checkpoint was given."
             )
         return checkpoint
 
@@ -327,7 +364,9 @@ class Trainer:
             loop.load_data(force=True)
             if loop.stream is None:
                 prefix = {"validate": "val"}.get(fn, fn)
-                raise MisconfigurationException(f"`Trainer.{fn}` needs data: define `{prefix}_dataloader`, or pass dataloaders=...")
+                raise MisconfigurationException(
+                    f"`Trainer.{fn}` needs data: define `{prefix}_dataloader`, or pass dataloaders=..."
+                )
             check_step_signature(self.lightning_module, loop.stage, len(loop.num_batches))
             results = loop.run()
         if fn != "predict":
@@ -359,11 +398,15 @@ class Trainer:
     def call(self, hook: str, *args: Any, monitors_last: bool = False) -> Any:
         """Call `hook` on the callbacks, then the module, then the checkpointers; return what the module's returned.
 
-        Checkpointers come last so that what they save is what the step left behind, the module's own hook included. With
-        `monitors_last`, callbacks that watch a metric come after the module too: it may log in this very hook.
+        Checkpointers come last so that what they save is what the step left behind, the module's own hook included.
+        With `monitors_last`, callbacks that watch a metric come after the module too: it may log in this very hook.
         """
         module = self.lightning_module
-        late = [c for c in self.callbacks if isinstance(c, Checkpoint) or (monitors_last and getattr(c, "monitor", None) is not None)]
+        late = [
+            c
+            for c in self.callbacks
+            if isinstance(c, Checkpoint) or (monitors_last and getattr(c, "monitor", None) is not None)
+        ]
         with self.in_hook(hook):
             for callback in self.callbacks:
                 if callback not in late and (function := getattr(callback, hook, None)) is not None:
@@ -451,7 +494,9 @@ class Trainer:
     def _log_hyperparams(self, model: Module) -> None:
         if not self.enable_autolog_hparams or not self.loggers:
             return
-        merged = {**(self.datamodule.hparams if self.datamodule is not None and self.datamodule._log_hyperparams else {})}
+        merged = {
+            **(self.datamodule.hparams if self.datamodule is not None and self.datamodule._log_hyperparams else {})
+        }
         if model._log_hyperparams:
             merged.update(model.hparams)
         for logger in self.loggers:
@@ -462,7 +507,12 @@ class Trainer:
         if verbose and self.is_global_zero and any(results):
             for index, metrics in enumerate(results):
                 title = f"DataLoader {index}: " if len(results) > 1 else ""
-                print(title + "  ".join(f"{name.split('/dataloader_idx_')[0]}={value:.6g}" for name, value in sorted(metrics.items())))
+                print(
+                    title
+                    + "  ".join(
+                        f"{name.split('/dataloader_idx_')[0]}={value:.6g}" for name, value in sorted(metrics.items())
+                    )
+                )
 
     # ---- signals -------------------------------------------------------------------------------------------------
 
@@ -563,7 +613,7 @@ class Trainer:
     @property
     def num_training_batches(self) -> int | float:
         stream = self.fit_loop.stream
-        return float("inf") if stream is None else stream.num_batches  # type: ignore[return-value]
+        return float("inf") if stream is None else stream.num_batches
 
     @property
     def num_val_batches(self) -> list[int | float]:
@@ -663,5 +713,3 @@ class Trainer:
 def _overrides_transfer(datamodule: DataModule) -> bool:
     names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     return any(getattr(type(datamodule), n) is not getattr(DataModule, n) for n in names)
-
-

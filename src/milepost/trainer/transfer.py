@@ -10,7 +10,7 @@ import torch
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Return `value` with `change` applied to each tensor in nested mappings, sequences, named tuples and dataclasses."""
+    """Return `value` with `change` applied to each tensor in mappings, sequences, named tuples and dataclasses."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):

@@ -36,6 +36,7 @@ class CheckpointIO(ABC):
 
     def teardown(self) -> None:
         """Called at the end of every run: finish what is under way, raise what failed. Another run may follow."""
+        return None
 
 
 class Pending(Protocol):
@@ -144,8 +145,7 @@ def verify(io: Any, path: Any) -> str | None:
     offered = _offered(io, "verify")
     if offered is None:
         return "cannot"
-    offered(path)
-    return None
+    return "cannot" if offered(path) == "cannot" else None
 
 
 def link(io: Any, source: Any, target: Any) -> bool:

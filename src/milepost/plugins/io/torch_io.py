@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from milepost.format import sealed
 from milepost.engine.values import from_plain, to_plain
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
+from milepost.format import sealed
 from milepost.plugins.io.checkpoint_io import CheckpointIO
 from milepost.storage import local
 
@@ -18,11 +18,13 @@ from milepost.storage import local
 class TorchCheckpointIO(CheckpointIO):
     """One ``.ckpt`` file that ``torch.load`` reads and Lightning resumes from.
 
-    A file appears under its name only when it is whole and on the disk; its bytes are covered by digests that `verify` and
-    `load_checkpoint` check. Loading runs no code unless ``weights_only=False`` is given.
+    A file appears under its name only when it is whole and on the disk; its bytes are covered by digests that `verify`
+    and `load_checkpoint` check. Loading runs no code unless ``weights_only=False`` is given.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         """Write `checkpoint`; when this returns it is durable.
 
         Raises:
@@ -31,17 +33,15 @@ class TorchCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(
-                f"storage_options={storage_options!r} is not supported for `TorchCheckpointIO`: it writes local files. Pass "
-                "a CheckpointIO of your own to Trainer(plugins=...) for other storage."
+                f"storage_options={storage_options!r} is not supported for `TorchCheckpointIO`: it writes local files."
+                " Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
             )
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         plain = to_plain(checkpoint)
         with local.replacing(path, step=step) as file:
             sealed.write(file, lambda out: torch.save(plain, out))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify the file and load it; tensors go to the CPU unless `map_location` says otherwise.
 
         Raises:
@@ -95,8 +95,8 @@ def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) ->
         if safe and (refused := sealed.refused_value(file)):
             key_path, type_name = refused
             raise UnsafeCheckpointError(
-                f"{name}: the value at {key_path!r} is a pickled {type_name}, and loading it would run code. If you trust the "
-                "file, load it with weights_only=False.",
+                f"{name}: the value at {key_path!r} is a pickled {type_name}, and loading it would run code. If you"
+                " trust the file, load it with weights_only=False.",
                 path=name,
                 key_path=key_path,
             ) from error
