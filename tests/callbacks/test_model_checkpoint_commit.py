@@ -270,3 +270,28 @@ def test_with_the_asynchronous_plugin_exactly_the_kept_files_are_left(tmp_path: 
     assert names(tmp_path / "c") == {*kept, "last.ckpt"}
     assert {Path(p).name for p in checkpointer.best_k_models} == kept
     assert read(tmp_path / "c" / "last.ckpt")["global_step"] == 20
+
+
+def test_pruning_what_the_last_links_to_keeps_the_last(tmp_path: Path) -> None:
+    three = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_top_k=3, save_last="link")
+    fit_line(tmp_path, three, max_epochs=3, values=[0.5, 0.3, 0.4])
+    last = tmp_path / "c" / "last.ckpt"
+    assert last.is_symlink()
+    shutil.copy(last, tmp_path / "copy.ckpt")
+    one = ModelCheckpoint(tmp_path / "c", "{epoch}", monitor="val", save_top_k=1, save_last="link")
+    steps: list[int] = []
+    look = At(step12=lambda: steps.append(read(last)["global_step"]))
+    fit_line(tmp_path, look, one, ckpt_path=str(tmp_path / "copy.ckpt"), max_epochs=4, values=[0.9])
+    assert steps == [12]
+    assert names(tmp_path / "c") == {"epoch=1.ckpt", "last.ckpt"}
+
+
+def test_a_plugin_that_does_nothing_ends_without_error(tmp_path: Path) -> None:
+    class Nothing:
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None: ...
+        def load_checkpoint(self, path: Any, storage_options: Any = None) -> Any: ...
+        def remove_checkpoint(self, path: Any) -> None: ...
+
+    checkpointer = ModelCheckpoint(tmp_path / "c", save_last=True)
+    fit_line(tmp_path, checkpointer, plugins=Nothing(), max_epochs=3)
+    assert Path(checkpointer.best_model_path).name == "epoch=2-step=12.ckpt", "a return is trusted as a success"
