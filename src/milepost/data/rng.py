@@ -24,7 +24,7 @@ _MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
 
 @dataclass(frozen=True)
 class RngState:
-    """State of Python's ``random``, NumPy's global generator, torch's on the CPU and, where CUDA is in use, on its devices."""
+    """Python's ``random``, NumPy's global generator, torch's on the CPU and, once CUDA is in use, on its devices."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
