@@ -1,0 +1,78 @@
+"""The page on what against how: its two examples run as printed, together and without knowing of each other."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from milepost import LightningModule, Trainer
+from milepost.callbacks import ModelCheckpoint
+from milepost.plugins import CheckpointIO
+
+PAGE = Path(__file__).parents[2] / "docs/checkpointing.md"
+
+
+def example(name: str) -> dict[str, Any]:
+    found = re.search(rf"```python {name}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {
+        "LightningModule": LightningModule,
+        "CheckpointIO": CheckpointIO,
+        "Path": Path,
+        "gzip": gzip,
+        "torch": torch,
+    }
+    exec(found.group(1), names)
+    return names
+
+
+class Counting(example("what")["CountsTokens"]):  # type: ignore[misc]
+    """The page's module with a model to train; each batch counts as 10 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.tokens += 10
+        loss: torch.Tensor = self.net(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(directory: Path, epochs: int, plugins: Any, ckpt_path: str | None = None) -> Counting:
+    model = Counting()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        plugins=plugins,
+        callbacks=[ModelCheckpoint(dirpath=directory, save_last=True)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, DataLoader(TensorDataset(torch.ones(6, 2)), batch_size=2), ckpt_path=ckpt_path)
+    return model
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_own_entry_comes_back_whatever_writes_the_file(gzipped: bool, tmp_path: Path) -> None:
+    plugins = [example("how")["GzipCheckpointIO"]()] if gzipped else None
+    fit(tmp_path, 1, plugins)
+    last = tmp_path / "last.ckpt"
+    assert last.read_bytes().startswith(b"\x1f\x8b") is gzipped
+    resumed = fit(tmp_path, 2, plugins, ckpt_path=str(last))
+    assert resumed.tokens == 60
+
+
+def test_plugin_removes_what_is_no_longer_kept(tmp_path: Path) -> None:
+    fit(tmp_path, 3, [example("how")["GzipCheckpointIO"]()])
+    assert len(list(tmp_path.glob("epoch=*.ckpt"))) == 1
