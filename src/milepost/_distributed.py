@@ -1,4 +1,4 @@
-"""One facade over torch.distributed. A single process needs no process group: rank 0 of 1, collectives are the identity."""
+"""One facade over torch.distributed. Without a process group: rank 0 of 1, collectives are the identity."""
 
 from __future__ import annotations
 

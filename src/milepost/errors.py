@@ -16,7 +16,7 @@
 
     SIGTERMException (SystemExit)                  a signal asked the run to stop
 
-A handler distinguishes cases by type or by the stable string ``kind``; each error is also the builtin that a caller would
+A caller tells cases apart by type or by the stable string ``kind``; each error is also the builtin that a caller would
 catch for the same mishap elsewhere.
 """
 

@@ -58,6 +58,8 @@ def verify(file: IO[bytes], name: str) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             seals = [i for i in archive.infolist() if i.filename.endswith("/" + _SEAL)]
+            if not seals and comment.startswith(_MARK):
+                raise _corrupt(name, (0, size), "the directory of its records")
             if not seals:
                 _verify_zip(archive, name)
                 return

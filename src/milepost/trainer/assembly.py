@@ -152,6 +152,7 @@ def callbacks(
     given: list[Callback] | Callback | None,
     *,
     checkpointing: bool | None,
+    default_checkpoint: bool,
     progress_bar: bool,
     model_summary: bool,
     max_time: timedelta | None,
@@ -167,7 +168,7 @@ def callbacks(
             f"enable_checkpointing=False, but {type(checkpointers[0]).__name__} is among the callbacks. Remove one of"
             " the two."
         )
-    if checkpointing is not False and not checkpointers:
+    if checkpointing is not False and default_checkpoint and not checkpointers:
         from milepost.callbacks.model_checkpoint import ModelCheckpoint
 
         found.append(ModelCheckpoint())

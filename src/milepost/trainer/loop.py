@@ -31,6 +31,7 @@ class FitLoop:
         self.stream_state: dict[str, Any] | None = None  # of a checkpoint, until the stream is there
         self.rng_state: RngState | None = None  # of a checkpoint, until the loop goes on
         self.resumed: Phase | None = None
+        self._position_before: dict[str, Any] | None = None  # of the stream, while a batch is under way
         self.val_check_batch: int | float = math.inf
         self._loaded_epoch: int | None = None
         self._last_validation_time = 0.0
@@ -93,11 +94,13 @@ class FitLoop:
         """Train on one batch. Returns whether the rest of the epoch is to be skipped."""
         trainer, progress, stream = self.trainer, self.progress, self.stream
         assert stream is not None
+        self._position_before = stream.state_dict()
         try:
             with trainer.profile("train_dataloader_next"):
                 batch, batch_idx, _ = next(stream)
         except StopIteration:  # a loader of unknown length that was shorter than it said
             progress.batch.is_last_batch = True
+            self._position_before = None
             return True
         progress.batch.is_last_batch = stream.is_last
         batch = trainer.to_device(batch)
@@ -112,6 +115,7 @@ class FitLoop:
                 progress.batch.add("started")
                 outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
         progress.batch.add("processed")
+        self._position_before = None
         if not self.accumulating:
             self.optimization.step_schedulers("step", plateau=False, index=batch_idx + 1)
         if self._last_batch_reached:
@@ -160,6 +164,23 @@ class FitLoop:
         trainer.log_epoch_metrics(step=max(progress.batches_that_stepped - 1, 0))
         progress.epoch.add("completed")
         self.phase = Phase.BETWEEN_EPOCHS
+
+    @property
+    def interrupted_in_batch(self) -> bool:
+        """Whether a batch has been begun and not finished: an exception is being handled."""
+        return self._position_before is not None
+
+    def data_position(self) -> dict[str, Any] | None:
+        """Where in the data a resumed run goes on: after the last batch that was finished."""
+        if self.stream is None or self.phase not in (Phase.BATCH_END, Phase.BATCH_DONE):
+            return None
+        return self._position_before or self.stream.state_dict()
+
+    @property
+    def gradients_pending(self) -> bool:
+        """Whether finished batches have left gradients that no optimizer step has used yet."""
+        batch = self.progress.batch
+        return batch.current.processed % self.trainer.accumulate_grad_batches != 0 and not batch.is_last_batch
 
     # ---- decisions -----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,12 @@ class Progress:
         self.current = Counts()
         self.is_last_batch = False
 
+    def forget_unfinished(self) -> None:
+        """Count what was made ready and started, but not processed, as not begun."""
+        for counts in (self.total, self.current):
+            counts.ready = counts.started = counts.processed
+        self.is_last_batch = False
+
     def state_dict(self, *names: str, last: bool = False) -> dict[str, Any]:
         names = names or _ALL
         state: dict[str, Any] = {"total": self.total.as_dict(*names), "current": self.current.as_dict(*names)}

@@ -88,10 +88,12 @@ def _exact_state(trainer: Trainer) -> dict[str, Any]:
         "rng": RngState.capture().state_dict(),
         "metrics": trainer.metrics.state_dict(),
     }
-    if loop.stream is not None and loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
-        state["data"] = loop.stream.state_dict()
+    if (data := loop.data_position()) is not None:
+        state["data"] = data
+    if loop.interrupted_in_batch:
+        state["interrupted_in_batch"] = True
     module = trainer.lightning_module
-    if loop.accumulating or not module.automatic_optimization:
+    if loop.gradients_pending or not module.automatic_optimization:
         state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return state
 
@@ -183,6 +185,12 @@ def _restore_exactly(trainer: Trainer, exact: dict[str, Any]) -> None:
     loop = trainer.fit_loop
     trainer.data_seed = exact["data_seed"]
     trainer.metrics.load_state_dict(exact["metrics"])
+    if exact.get("interrupted_in_batch"):
+        loop.progress.batch.forget_unfinished()
+        trainer.warn_once(
+            "The checkpoint was written when an error had interrupted a batch: that batch is trained on again, but "
+            "with the random state of the interruption, so the run is not bit for bit the unbroken one."
+        )
     loop.stream_state = exact.get("data")
     loop.rng_state = RngState.from_state_dict(exact["rng"])
     parameters = dict(trainer.lightning_module.named_parameters())

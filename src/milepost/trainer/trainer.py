@@ -147,7 +147,8 @@ class Trainer:
         self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not plain)
         self.callbacks = assembly.callbacks(
             callbacks,
-            checkpointing=(False if plain else None) if enable_checkpointing is None else enable_checkpointing,
+            checkpointing=False if barebones and enable_checkpointing is None else enable_checkpointing,
+            default_checkpoint=not plain,
             progress_bar=not barebones if enable_progress_bar is None else enable_progress_bar,
             model_summary=not barebones if enable_model_summary is None else enable_model_summary,
             max_time=self.limits.max_time,

@@ -47,8 +47,8 @@ class AsyncSave:
 class AsyncCheckpointIO(CheckpointIO):
     """Wraps another CheckpointIO and removes the wait from its saves.
 
-    `save_checkpoint` copies the state (tensors to host memory, arrays and containers too, tied tensors tied) and returns
-    a handle; loads, removals and other questions about a path wait for what is under way.
+    `save_checkpoint` copies the state (tensors to host memory, arrays and containers too, tied tensors tied) and
+    returns a handle; loads, removals and other questions about a path wait for what is under way.
 
     Args:
         checkpoint_io: what writes; a `TorchCheckpointIO` by default.
@@ -97,9 +97,10 @@ class AsyncCheckpointIO(CheckpointIO):
         return handle
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return self._in_order(
+        loaded: dict[str, Any] = self._in_order(
             lambda: io_calls.load(self.checkpoint_io, path, map_location=map_location, weights_only=weights_only)
         )
+        return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
         self._in_order(lambda: io_calls.remove(self.checkpoint_io, path))

@@ -1,0 +1,253 @@
+"""TorchCheckpointIO: whole or absent, verified, safe, open."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from milepost.engine import values
+from milepost.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    UnencodableValueError,
+    UnsafeCheckpointError,
+)
+from milepost.plugins import TorchCheckpointIO
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Options:
+    width: int
+    where: Path
+
+
+class Custom:
+    """Something that is no data."""
+
+
+def checkpoint(**more: Any) -> dict[str, Any]:
+    tied = torch.arange(300_000, dtype=torch.float32)
+    return {"global_step": 7, "state_dict": {"a": tied, "b": tied, "c": torch.ones(3)}, **more}
+
+
+def test_torch_reads_the_file_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.ckpt"
+    TorchCheckpointIO().save_checkpoint(checkpoint(), path)
+    for mmap in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mmap)
+        assert torch.equal(loaded["state_dict"]["a"], checkpoint()["state_dict"]["a"])
+        assert loaded["state_dict"]["a"].data_ptr() == loaded["state_dict"]["b"].data_ptr()
+    assert zipfile.ZipFile(path).testzip() is None
+    assert [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
+    assert path.stat().st_size < 1.02 * 4 * 300_000
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    io, path = TorchCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint({"global_step": 1, "state_dict": {"w": torch.arange(50)}}, path)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CheckpointCorruptError):
+            io.load_checkpoint(path)
+    path.write_bytes(whole)
+    io.verify(path)
+
+
+def test_damage_is_named_by_byte_range(tmp_path: Path) -> None:
+    io, path = TorchCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint(checkpoint(), path)
+    with path.open("r+b") as file:
+        file.seek(1_100_000)
+        file.write(b"\xff")
+    with pytest.raises(CheckpointCorruptError, match="bytes 1048576 to") as caught:
+        io.verify(path)
+    assert caught.value.byte_range is not None and caught.value.byte_range[0] == 1 << 20
+    assert caught.value.tensor is not None and "data/" in caught.value.tensor
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
+def test_a_cut_file_is_found(tmp_path: Path, keep: float) -> None:
+    io, path = TorchCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint(checkpoint(), path)
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if isinstance(keep, float) else keep)
+    with pytest.raises(CheckpointCorruptError):
+        io.load_checkpoint(path)
+
+
+def test_a_flipped_weight_in_torchs_own_file_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "torch.ckpt"
+    torch.save(checkpoint(), path)
+    assert TorchCheckpointIO().load_checkpoint(path)["global_step"] == 7
+    with path.open("r+b") as file:
+        file.seek(600_000)
+        file.write(b"\xff")
+    torch.load(path, weights_only=True)  # torch itself does not notice
+    with pytest.raises(CheckpointCorruptError):
+        TorchCheckpointIO().load_checkpoint(path)
+
+
+def test_a_disk_that_is_full_is_an_error_and_the_old_file_stays(tmp_path: Path) -> None:
+    io, path = TorchCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint(checkpoint(), path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointSaveError, match="step 7") as caught:
+            io.save_checkpoint(checkpoint(extra=torch.zeros(9)), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert (caught.value.path, caught.value.step) == (str(path), 7)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_directory_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    with pytest.raises(CheckpointSaveError):
+        TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_nothing_is_written_to_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "does-not-exist"))
+    TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+    assert not (tmp_path / "does-not-exist").exists()
+
+
+def test_sigkill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    program = textwrap.dedent(
+        """
+        import sys, torch
+        from milepost.plugins import TorchCheckpointIO
+        step = 0
+        while True:
+            step += 1
+            TorchCheckpointIO().save_checkpoint(
+                {"global_step": step, "state_dict": {"w": torch.full((200_000,), float(step))}}, sys.argv[1])
+            print(step, flush=True)
+        """
+    )
+    for kill_after in (1, 2, 5):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert child.stdout is not None
+        for _ in range(kill_after):
+            line = child.stdout.readline()
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        loaded = TorchCheckpointIO().load_checkpoint(path)
+        assert loaded["global_step"] >= int(line)
+        assert bool((loaded["state_dict"]["w"] == loaded["global_step"]).all())
+
+
+def test_values_come_back_exact_and_torch_sees_plain_ones(tmp_path: Path) -> None:
+    hparams = {
+        "path": Path("/data/x"),
+        "colour": Colour.RED,
+        "rate": np.float64(0.1),
+        "table": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "options": Options(3, Path("y")),
+        "names": {"b", "a"},
+        "z": 1 + 2j,
+        "every": timedelta(minutes=5),
+        "betas": (0.9, 0.999),
+        "nan": float("nan"),
+    }
+    path = tmp_path / "a.ckpt"
+    given = checkpoint(hyper_parameters=hparams)
+    TorchCheckpointIO().save_checkpoint(given, path)
+    assert given["hyper_parameters"] is hparams and hparams["colour"] is Colour.RED  # the dict passed in is left alone
+    plain = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert (plain["path"], plain["colour"], plain["rate"], plain["options"]["width"]) == ("/data/x", "red", 0.1, 3)
+    loaded = TorchCheckpointIO().load_checkpoint(path)
+    assert "milepost" not in loaded
+    exact = loaded["hyper_parameters"]
+    for name in ("path", "colour", "rate", "options", "names", "z", "every", "betas"):
+        assert exact[name] == hparams[name] and type(exact[name]) is type(hparams[name]), name
+    assert exact["table"].dtype == np.int16 and np.array_equal(exact["table"], hparams["table"])
+    assert exact["nan"] != exact["nan"]
+
+
+def test_a_foreign_pickle_is_refused_by_key_path_and_loads_when_asked_to(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"deep": [Custom()]}}, path)
+    with pytest.raises(UnsafeCheckpointError, match=r"hyper_parameters\.deep\.0.*Custom.*weights_only=False") as caught:
+        TorchCheckpointIO().load_checkpoint(path)
+    assert caught.value.key_path == "hyper_parameters.deep.0"
+    assert isinstance(
+        TorchCheckpointIO().load_checkpoint(path, weights_only=False)["hyper_parameters"]["deep"][0], Custom
+    )
+
+
+def test_refusing_runs_nothing(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "a.ckpt")
+    with pytest.raises(UnsafeCheckpointError, match="bomb"):
+        TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_value_that_cannot_be_data_is_saved_loudly_and_found_by_the_dry_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(UnencodableValueError, match="mine") as caught:
+        values.check({"mine": [Custom()]}, "hooks")
+    assert caught.value.key_path == "hooks.mine.0"
+    with pytest.warns(UserWarning, match=r"'mine\.0'.*weights_only=False"):
+        TorchCheckpointIO().save_checkpoint(checkpoint(mine=[Custom()]), path)
+    with pytest.raises(UnsafeCheckpointError, match=r"mine\.0"):
+        TorchCheckpointIO().load_checkpoint(path)
+    assert isinstance(TorchCheckpointIO().load_checkpoint(path, weights_only=False)["mine"][0], Custom)
+
+
+def test_missing_link_remove_list(tmp_path: Path) -> None:
+    io = TorchCheckpointIO()
+    with pytest.raises(CheckpointNotFoundError, match="Checkpoint file not found"):
+        io.load_checkpoint(tmp_path / "none.ckpt")
+    io.save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+    assert io.link(tmp_path / "a.ckpt", tmp_path / "b.ckpt") and io.link(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert (tmp_path / "a.ckpt").samefile(tmp_path / "b.ckpt")
+    assert io.list(tmp_path) == [str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")]
+    io.remove_checkpoint(tmp_path / "a.ckpt")
+    io.remove_checkpoint(tmp_path / "a.ckpt")
+    assert io.exists(tmp_path / "b.ckpt") and not io.exists(tmp_path / "a.ckpt")
+    with pytest.raises(TypeError, match="storage_options"):
+        io.save_checkpoint(checkpoint(), tmp_path / "a.ckpt", storage_options={})
+
+
+def test_errno_of_the_cause_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointSaveError) as caught:
+        TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "file" / "a.ckpt")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno in (errno.ENOTDIR, errno.EEXIST)
