@@ -1,0 +1,151 @@
+"""A CheckpointIO as Lightning's page on it shows one, given in each of the ways it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from milepost import LightningModule, Trainer
+from milepost.callbacks import ModelCheckpoint
+from milepost.errors import CheckpointFormatError, MisconfigurationException
+from milepost.plugins import CheckpointIO
+from milepost.strategies import SingleDeviceStrategy
+
+
+class CustomCheckpointIO(CheckpointIO):
+    """The page's class with bodies: `load_checkpoint` takes two arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.calls.append(("save", Path(path).name))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, storage_options: Any = None) -> dict[str, Any]:  # type: ignore[override]
+        self.calls.append(("load", Path(path).name))
+        loaded: dict[str, Any] = torch.load(path, weights_only=False)
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.calls.append(("remove", Path(path).name))
+        Path(path).unlink()
+
+
+class EmptyCheckpointIO(CheckpointIO):
+    """The page's class word for word."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> Any: ...
+
+    def load_checkpoint(self, path: Any, storage_options: Any = None) -> Any: ...
+
+    def remove_checkpoint(self, path: Any) -> Any: ...
+
+
+class Line(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(place: Path, epochs: int, ckpt_path: Path | None = None, **choice: Any) -> Trainer:
+    trainer = Trainer(
+        **{"accelerator": "cpu", **choice}, max_epochs=epochs, logger=False, callbacks=[ModelCheckpoint(place)],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def listed(io: Any) -> dict[str, Any]:
+    return {"plugins": [io]}
+
+
+def bare(io: Any) -> dict[str, Any]:
+    return {"plugins": io}
+
+
+def by_strategy(io: Any) -> dict[str, Any]:
+    return {"strategy": SingleDeviceStrategy(torch.device("cpu"), checkpoint_io=io)}
+
+
+WAYS = pytest.mark.parametrize("given", [listed, bare, by_strategy])
+
+
+@WAYS
+def test_a_two_argument_plugin_saves_resumes_and_removes(given: Any, tmp_path: Path) -> None:
+    io = CustomCheckpointIO()
+    trainer = fit(tmp_path, 2, **given(io))
+    assert trainer.strategy.checkpoint_io is io
+    assert io.calls == [
+        ("save", "epoch=0-step=2.ckpt"), ("save", "epoch=1-step=4.ckpt"), ("remove", "epoch=0-step=2.ckpt")
+    ]  # fmt: skip
+    again = CustomCheckpointIO()
+    resumed = fit(tmp_path, 3, tmp_path / "epoch=1-step=4.ckpt", **given(again))
+    assert again.calls[0] == ("load", "epoch=1-step=4.ckpt")
+    assert resumed.global_step == 6
+
+
+def test_a_plugin_written_for_lightning_works(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("pytorch_lightning.plugins.io")
+
+    class Theirs(theirs.CheckpointIO):  # type: ignore[misc, name-defined]
+        save_checkpoint = CustomCheckpointIO.save_checkpoint
+        load_checkpoint = CustomCheckpointIO.load_checkpoint
+        remove_checkpoint = CustomCheckpointIO.remove_checkpoint
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, str]] = []
+
+    io = Theirs()
+    fit(tmp_path, 1, plugins=[io])
+    assert fit(tmp_path, 3, tmp_path / "epoch=0-step=2.ckpt", plugins=io).global_step == 6
+    assert [call for call, _ in io.calls] == ["save", "load", "save", "save", "remove"]
+    assert ("remove", "epoch=1-step=4.ckpt") in io.calls, "the file that training went on from stays"
+
+
+def test_lightnings_own_torch_plugin_works(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("pytorch_lightning.plugins.io")
+    fit(tmp_path, 1, plugins=[theirs.TorchCheckpointIO()])
+    resumed = fit(tmp_path, 2, tmp_path / "epoch=0-step=2.ckpt", plugins=[theirs.TorchCheckpointIO()])
+    assert resumed.global_step == 4
+
+
+@WAYS
+def test_bodies_that_do_nothing_fit_but_cannot_be_resumed_from(given: Any, tmp_path: Path) -> None:
+    assert fit(tmp_path, 2, **given(EmptyCheckpointIO())).global_step == 4
+    with pytest.raises(CheckpointFormatError, match=r"EmptyCheckpointIO.load_checkpoint\(.*returned NoneType"):
+        fit(tmp_path, 3, tmp_path / "epoch=1-step=4.ckpt", **given(EmptyCheckpointIO()))
+
+
+def test_a_strategys_plugin_and_one_more_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="both strategy class and plugins, choose one"):
+        Trainer(**listed(CustomCheckpointIO()), **by_strategy(CustomCheckpointIO()))
+
+
+def test_two_plugins_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="2 values for CheckpointIO"):
+        Trainer(plugins=[CustomCheckpointIO(), CustomCheckpointIO()])
+
+
+@pytest.mark.parametrize("wrong", ["async", 7, CustomCheckpointIO, object()])
+@pytest.mark.parametrize("given", [listed, bare])
+def test_what_is_no_plugin_is_refused(wrong: Any, given: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="invalid type for plugin"):
+        Trainer(**given(wrong))
+
+
+def test_a_strategy_refuses_what_is_no_plugin() -> None:
+    with pytest.raises(MisconfigurationException, match="is not a CheckpointIO"):
+        SingleDeviceStrategy(torch.device("cpu"), checkpoint_io=object())
