@@ -163,3 +163,10 @@ def test_the_two_argument_plugin_is_called_with_what_it_takes() -> None:
     assert io_calls.verify(io, "p") == "cannot" and io_calls.link(io, "p", "q") is False
     with pytest.raises(ValueError, match=r"TwoArguments\.load_checkpoint"):
         io_calls.load(io, "missing")
+
+
+def test_a_snapshot_keeps_a_state_dicts_versions_and_lazy_conjugates() -> None:
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    assert snapshot(state)._metadata == state._metadata
+    conjugate = torch.tensor([1 + 2j]).conj()
+    assert snapshot({"c": conjugate})["c"].tolist() == [1 - 2j]

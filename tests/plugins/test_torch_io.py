@@ -251,3 +251,18 @@ def test_errno_of_the_cause_is_told(tmp_path: Path) -> None:
         TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "file" / "a.ckpt")
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno in (errno.ENOTDIR, errno.EEXIST)
+
+
+def test_what_cannot_even_be_pickled_is_an_error_with_path_and_step(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(CheckpointSaveError) as caught:
+        TorchCheckpointIO().save_checkpoint({"global_step": 3, "f": lambda: None}, path)
+    assert (caught.value.path, caught.value.step) == (str(path), 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_in_the_other_byte_order_comes_back_exact(tmp_path: Path) -> None:
+    array = np.array([1.5, 2.5], dtype=">f8")
+    TorchCheckpointIO().save_checkpoint({"a": array}, tmp_path / "a.ckpt")
+    loaded = TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["a"]
+    assert loaded.dtype == array.dtype and loaded.tolist() == [1.5, 2.5]

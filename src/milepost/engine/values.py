@@ -122,7 +122,10 @@ def _nearest(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.array(value))
+        try:
+            return torch.from_numpy(np.array(value))
+        except (TypeError, ValueError):  # torch lacks the dtype or byte order; the save must not fail for it
+            return value.tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _nearest(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -166,8 +167,11 @@ def snapshot(state: Any) -> Any:
             if type(value) is dict:
                 return {key: visit(item) for key, item in value.items()}
             return type(value)(visit(item) for item in value)
-        if isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()):
-            return {key: visit(item) for key, item in value.items()}
+        if isinstance(value, OrderedDict) and all(isinstance(v, torch.Tensor) for v in value.values()):
+            rebuilt = OrderedDict((key, visit(item)) for key, item in value.items())
+            if hasattr(value, "_metadata"):  # a state dict's versions, which loading reads
+                rebuilt._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
+            return rebuilt
         return copy.deepcopy(value, memo)
 
     return visit(state)
@@ -181,7 +185,7 @@ def _copied(tensor: torch.Tensor, copies: dict[int, torch.UntypedStorage]) -> to
         return tensor.clone().cpu()
     storage = tensor.untyped_storage()
     key = storage.data_ptr()
-    if key == 0:
+    if key == 0 or tensor.is_conj() or tensor.is_neg():  # lazy bits that a view of the storage would lose
         return tensor.clone().cpu()
     if key not in copies:
         copies[key] = storage.cpu() if storage.device.type != "cpu" else storage.clone()  # type: ignore[no-untyped-call]

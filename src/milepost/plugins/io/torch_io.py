@@ -37,8 +37,8 @@ class TorchCheckpointIO(CheckpointIO):
                 " Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
             )
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
-        plain = to_plain(checkpoint)
         with local.replacing(path, step=step) as file:
+            plain = to_plain(checkpoint)
             sealed.write(file, lambda out: torch.save(plain, out))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
