@@ -158,6 +158,21 @@ def test_goes_on_with_exactly_the_batches_of_the_unbroken_run(kind: str, workers
         second.close()
 
 
+@pytest.mark.parametrize("size", [19, 20, 21])
+def test_a_worker_that_has_ended_stays_so(size: int) -> None:
+    def build() -> BatchStream:
+        return stream_of(DataLoader(Flow(size), batch_size=3, num_workers=2, multiprocessing_context="fork"))
+
+    expected = epoch_of(build(), 0)
+    for cut in range(len(expected) - 3, len(expected)):
+        first, second = build(), build()
+        first.begin(0)
+        for _ in range(cut):
+            next(first)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        assert same(epoch_of(second, 0), expected[cut:]), f"cut after {cut}"
+
+
 @pytest.mark.parametrize("kind", ["shuffle", "flow"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loads_nothing_again(kind: str, workers: int, tmp_path: Path) -> None:
@@ -253,6 +268,58 @@ def test_several_loaders_go_on_exactly(mode: str, count: int, unknown: bool) -> 
             next(first)
         second.load_state_dict(through_a_file(first.state_dict()))
         assert same(epoch_of(second, 2), expected[cut:]), f"cut after {cut}"
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("generator", 0), ("generator", 2), ("persistent", 2), ("own", 2)])
+def test_goes_on_exactly_under_a_limit(kind: str, workers: int) -> None:
+    unbroken = stream_of(make_loader(kind, workers), limits=5)
+    expected = [epoch_of(unbroken, epoch) for epoch in range(2)]
+    unbroken.close()
+    assert len(expected[0]) == 5
+    for cut in (2, 5):
+        first, second = (stream_of(make_loader(kind, workers), limits=5) for _ in range(2))
+        first.begin(0)
+        for _ in range(cut):
+            next(first)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        assert same(epoch_of(second, 0), expected[0][cut:])
+        assert same(epoch_of(second, 1), expected[1])
+        first.close(), second.close()
+
+
+def test_sequential_goes_on_exactly() -> None:
+    def build() -> BatchStream:
+        return stream_of([make_loader("shuffle", 0), DataLoader(Flow(5), batch_size=2), plain(4)], mode="sequential")
+
+    expected = epoch_of(build(), 0)
+    assert len(expected) == 13
+    for cut in range(1, 13):
+        first, second = build(), build()
+        first.begin(0)
+        for _ in range(cut):
+            next(first)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        assert same(epoch_of(second, 0), expected[cut:]), f"cut after {cut}"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="zigzag"):
+        CombinedLoader([], "zigzag")
+
+
+@pytest.mark.slow
+def test_spawned_workers_go_on_exactly() -> None:
+    def build() -> BatchStream:
+        return stream_of(DataLoader(Flow(), batch_size=3, num_workers=2, multiprocessing_context="spawn"))
+
+    expected = epoch_of(build(), 0)
+    assert same(expected, epoch_of(stream_of(make_loader("flow", 2)), 0))
+    first, second = build(), build()
+    first.begin(0)
+    for _ in range(3):
+        next(first)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert same(epoch_of(second, 0), expected[3:])
 
 
 class Stateless(IterableDataset):

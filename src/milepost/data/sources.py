@@ -61,6 +61,7 @@ class TrackedLoader:
         self._pending_state: dict[str, Any] | None = None
         self._order: dict[str, Any] = {}
         self._dataset_state: Any = None
+        self._ended = self._fetch_ended = False
         self._worker_states: dict[str, Any] = {}
         self._next_worker = 0
         self._iterator: Any = iter(())
@@ -88,7 +89,7 @@ class TrackedLoader:
             self.close()  # its workers stand elsewhere
         self.epoch = epoch if loaded is None else loaded.get("epoch", epoch)
         self.cycle = cycle if loaded is None else loaded.get("cycle", 0)
-        self._dataset_state, self._worker_states, self._next_worker = None, {}, 0
+        self._dataset_state, self._worker_states, self._next_worker, self._ended = None, {}, 0, False
         self.seen = 0 if loaded is None else loaded["batches_seen"]
         for part in (*sampler_parts(self.loader), self.loader.dataset):
             set_epoch = getattr(part, "set_epoch", None)
@@ -118,6 +119,7 @@ class TrackedLoader:
             name = own_generator(dataset)
             if loaded.get("dataset") is not None:
                 dataset.load_state_dict(copy.deepcopy(loaded["dataset"]))
+                self._dataset_state = loaded["dataset"]
             elif name is not None:
                 _warn(
                     f"{type(dataset).__name__}.{name} is a random generator of its own, whose state is not "
@@ -128,7 +130,7 @@ class TrackedLoader:
             return 0
         if loaded.get("dataset") is not None and not self.loader.num_workers:
             dataset.load_state_dict(copy.deepcopy(loaded["dataset"]))
-            self._dataset_state = loaded["dataset"]
+            self._dataset_state, self._ended = loaded["dataset"], loaded.get("ended", False)
             return 0
         same_workers = self._in_workers and loaded.get("num_workers") == self.loader.num_workers
         if same_workers and is_stateful(dataset) and loaded.get("workers"):
@@ -169,7 +171,10 @@ class TrackedLoader:
             return iter(loader)
 
     def _batches(self, batch_idx: int) -> Iterator[Any]:
+        if self._ended:  # the last, shorter batch was the last one delivered
+            return
         iterator = self._open()
+        fetcher = getattr(iterator, "_dataset_fetcher", None)
         plain = type(self.loader).__iter__ is DataLoader.__iter__
         pure = type(self.loader.dataset) is TensorDataset and self.loader.collate_fn is default_collate
         while True:
@@ -184,6 +189,7 @@ class TrackedLoader:
             if isinstance(batch, SkippedTurn):
                 continue
             batch_idx += 1
+            self._fetch_ended = bool(getattr(fetcher, "ended", False))
             yield batch
 
     def draw(self) -> tuple[Any, Any]:
@@ -193,7 +199,7 @@ class TrackedLoader:
             return batch.batch, (batch.worker, batch.state)
         dataset: Any = self.loader.dataset
         if not self.loader.num_workers and is_stateful(dataset):
-            return batch, copy.deepcopy(dataset.state_dict())
+            return batch, (copy.deepcopy(dataset.state_dict()), self._fetch_ended)
         return batch, None
 
     def delivered(self, state: Any) -> None:
@@ -202,8 +208,8 @@ class TrackedLoader:
         if self._in_workers:
             worker, self._worker_states[str(state[0])] = state
             self._next_worker = (worker + 1) % self.loader.num_workers
-        else:
-            self._dataset_state = state
+        elif state is not None:
+            self._dataset_state, self._ended = state
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch delivered. Plain values and tensors, and what the dataset calls its state."""
@@ -214,7 +220,7 @@ class TrackedLoader:
             "order": self._order,
         }
         if self._dataset_state is not None:
-            state["dataset"] = self._dataset_state
+            state["dataset"], state["ended"] = self._dataset_state, self._ended
         if self._in_workers and is_stateful(self.loader.dataset):
             state["workers"] = dict(self._worker_states)
             state["next_worker"], state["num_workers"] = self._next_worker, self.loader.num_workers

@@ -19,7 +19,7 @@ class CombinedLoader:
 
     def __init__(self, iterables: Any, mode: str = "min_size") -> None:
         if mode not in MODES:
-            raise ValueError(f"CombinedLoader(mode={mode!r}): use one of {', '.join(MODES)}.")
+            raise MisconfigurationException(f"CombinedLoader(mode={mode!r}): use one of {', '.join(MODES)}.")
         self.iterables = iterables
         self.mode = mode
 
@@ -51,7 +51,7 @@ class BatchStream:
         if isinstance(loaders, CombinedLoader):
             loaders, mode = loaders.iterables, loaders.mode
         if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: use one of {', '.join(MODES)}.")
+            raise MisconfigurationException(f"mode={mode!r}: use one of {', '.join(MODES)}.")
         flat, self._tree = tree_flatten(loaders)
         for item in flat:
             if not hasattr(item, "__iter__"):

@@ -61,6 +61,9 @@ class WorkerDataset(IterableDataset[Any]):
         self.states: dict[int, Any] = {}  # of each worker, to go on from; used by its first iteration only
         self.skips = 0  # workers below this number give their first turn away
         self.batches = 0
+        self.ended = (
+            False  # seen while filling a last, shorter batch: the dataset's own state may be that of a new start
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # while unpickling there is nothing yet to delegate to
@@ -80,6 +83,9 @@ class WorkerDataset(IterableDataset[Any]):
         if skip:
             for _ in range(self._batch_size):
                 yield _Filler()
+        self.ended = state is not None and state["ended"]
+        if self.ended:
+            return
         seed_all(derived_seed(_epoch_seed, worker, "iterator"))
         samples, position = iter(self.inner), 0
         while True:
@@ -90,6 +96,7 @@ class WorkerDataset(IterableDataset[Any]):
             try:
                 sample = next(samples)
             except StopIteration:
+                self.ended = True
                 return
             yield sample
 
@@ -108,7 +115,7 @@ class WorkerCollate:
         inner = dataset.inner
         batch = self._collate(samples)
         state = copy.deepcopy(inner.state_dict()) if is_stateful(inner) else None
-        return WorkerBatch(batch, info.id, {"batches": dataset.batches, "dataset": state})
+        return WorkerBatch(batch, info.id, {"batches": dataset.batches, "dataset": state, "ended": dataset.ended})
 
 
 class WorkerInit:
