@@ -29,6 +29,7 @@ from milepost.errors import (
     UnsafeCheckpointError,
 )
 from milepost.plugins import TorchCheckpointIO
+from milepost.storage import local
 
 
 class Colour(enum.Enum):
@@ -266,3 +267,14 @@ def test_an_array_in_the_other_byte_order_comes_back_exact(tmp_path: Path) -> No
     TorchCheckpointIO().save_checkpoint({"a": array}, tmp_path / "a.ckpt")
     loaded = TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["a"]
     assert loaded.dtype == array.dtype and loaded.tolist() == [1.5, 2.5]
+
+
+def test_what_a_killed_save_left_is_swept_and_a_save_under_way_is_not(tmp_path: Path) -> None:
+    stale = tmp_path / ".a.ckpt.old.pending"
+    stale.write_bytes(b"half")
+    with local.replacing(tmp_path / "b.ckpt") as under_way:
+        under_way.write(b"whole")
+        TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+        assert not stale.exists()
+    assert (tmp_path / "b.ckpt").read_bytes() == b"whole"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]

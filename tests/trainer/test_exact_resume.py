@@ -169,8 +169,10 @@ DATA = ["shuffle", "weighted", "iterable"]
 EVERY = list(itertools.product(POINTS, [0, 2], DATA, [False, True], ["32-true", "bf16-mixed"]))
 # each pair of values of any two of the five properties is among these; the rest runs with -m slow
 PAIRWISE = [
-    case for i, case in enumerate(EVERY) if (POINTS.index(case[0]) + DATA.index(case[2]) + 2 * case[3] + (case[4] != "32-true") + (case[1] > 0)) % 5 == 0
-]  # fmt: skip
+    case
+    for case in EVERY
+    if (POINTS.index(case[0]) + DATA.index(case[2]) + 2 * case[3] + (case[4] != "32-true") + (case[1] > 0)) % 5 == 0
+]
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=lambda c: "-".join(map(str, c)).replace(" ", "_"))

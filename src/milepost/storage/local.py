@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from milepost.errors import CheckpointSaveError
+
+_PENDING = ".pending"
 
 
 @contextmanager
@@ -25,9 +28,11 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".pending", dir=path.parent)
+        sweep(path.parent)
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PENDING, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(number, "w+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process left behind
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +55,14 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
             with suppress(OSError):
                 temporary.unlink()
         raise
+
+
+def sweep(directory: Path) -> None:
+    """Remove temporary files that no living process holds: a save that was killed left them."""
+    for stale in directory.glob(f".*{_PENDING}"):
+        with suppress(OSError), stale.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
 
 
 def sync_directory(directory: Path) -> None:
