@@ -154,6 +154,7 @@ class FitLoop:
         trainer = self.trainer
         self.progress.epoch.add("processed")
         self.phase = Phase.EPOCH_END
+        trainer.metrics.end_epoch()  # the callbacks of this hook watch the epoch's values, the schedulers too
         trainer.call("on_train_epoch_end", monitors_last=True)
 
     def _close_epoch(self) -> None:

@@ -414,6 +414,8 @@ class Trainer:
                     function(self, module, *args)
             own = getattr(module, hook, None)
             result = own(*args) if own is not None else None
+            if hook == "on_train_epoch_end":
+                self.metrics.end_epoch()  # with what this hook has logged
             for callback in late:
                 if (function := getattr(callback, hook, None)) is not None:
                     function(self, module, *args)
