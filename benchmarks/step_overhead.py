@@ -89,7 +89,7 @@ def main() -> None:
     for label, values in {"bare loop": runs["bare"], **{f"+ {k}": v for k, v in over.items()}}.items():
         print(f"{label:12}{statistics.median(values):16.1f}{min(values):9.1f}{max(values):9.1f}")
     print(
-        f"milepost's overhead over lightning's: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"milepost's share of lightning's overhead: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps({"microseconds_per_step": runs, "overhead_ratio": ratios}, indent=2))

@@ -15,6 +15,15 @@ from milepost.errors import CheckpointSaveError
 _PENDING = ".pending"
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # read once: asking sets it for a moment, which another thread could see
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; on success it is fsynced, renamed over `path`, and the directory fsynced.
@@ -32,11 +41,12 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
         number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PENDING, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(number, "w+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process left behind
+            with suppress(OSError):  # a file system without locks: nothing is swept there either
+                fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process left behind
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
         sync_directory(path.parent)
     except Exception as error:
@@ -100,9 +110,3 @@ def remove(path: str | os.PathLike[str]) -> None:
     with suppress(FileNotFoundError):
         path.unlink()
         sync_directory(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
