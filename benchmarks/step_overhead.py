@@ -88,9 +88,8 @@ def main() -> None:
     print(f"{'':12}{'median µs/step':>16}{'min':>9}{'max':>9}")
     for label, values in {"bare loop": runs["bare"], **{f"+ {k}": v for k, v in over.items()}}.items():
         print(f"{label:12}{statistics.median(values):16.1f}{min(values):9.1f}{max(values):9.1f}")
-    print(
-        f"milepost's share of lightning's overhead: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    share = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"milepost's share of lightning's overhead: {share}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"microseconds_per_step": runs, "overhead_ratio": ratios}, indent=2))
 
