@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from milepost import LightningModule, Trainer
 from milepost.callbacks import ModelCheckpoint
+from milepost.errors import MisconfigurationException
 
 
 class Line(LightningModule):
@@ -42,3 +43,34 @@ def test_checkpointers_and_plateaus_see_this_epochs_values(monitor: str, expecte
     trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=1))
     assert [float(saves.best_k_models[str(tmp_path / f"epoch={n}.ckpt")]) for n in range(3)] == expected
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25, "the level rose twice after its first value"
+
+
+class ByHand(Line):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)]
+
+
+class Unnamed(ByHand):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = True
+
+
+def test_only_a_plateau_that_the_trainer_steps_must_name_its_metric() -> None:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    data = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=1)
+    trainer = Trainer(**options, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(ByHand(), data)
+    assert len(trainer.lr_scheduler_configs) == 1
+    with pytest.raises(MisconfigurationException, match="give the lr_scheduler dict the key 'monitor'"):
+        Trainer(**options, max_epochs=1, enable_checkpointing=False).fit(Unnamed(), data)

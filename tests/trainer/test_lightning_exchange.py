@@ -46,7 +46,8 @@ def module(side: Any, **hparams: Any) -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             self.seen.append((self.current_epoch, batch_idx, float(batch[0][0, 0])))
-            return (self.net(batch[0]) - batch[1]).square().mean()
+            loss: torch.Tensor = (self.net(batch[0]) - batch[1]).square().mean()
+            return loss
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log(HELD, (self.net(batch[0]) - batch[1]).square().mean())

@@ -85,13 +85,21 @@ def _scheduler(given: Any, monitor: str | None = None) -> SchedulerConfig:
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(f"lr_scheduler interval={config.interval!r}: use 'step' or 'epoch'.")
-    if config.reduce_on_plateau and config.monitor is None:
-        raise MisconfigurationException(
-            "ReduceLROnPlateau needs a metric: give the lr_scheduler dict the key 'monitor'."
-        )
     if not isinstance(config.scheduler, LRScheduler) and not hasattr(config.scheduler, "step"):
         raise MisconfigurationException(f"lr_scheduler={config.scheduler!r} has no method `step`.")
     return config
+
+
+def require_monitors(configs: list[SchedulerConfig]) -> None:
+    """Automatic optimization steps the schedulers itself, so a plateau must name its metric.
+
+    Raises:
+        MisconfigurationException: one does not.
+    """
+    if any(config.reduce_on_plateau and config.monitor is None for config in configs):
+        raise MisconfigurationException(
+            "ReduceLROnPlateau needs a metric: give the lr_scheduler dict the key 'monitor'."
+        )
 
 
 class Stepper:

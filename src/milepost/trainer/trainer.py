@@ -25,7 +25,7 @@ from milepost.trainer.evaluation import EvaluationLoop, check_step_signature
 from milepost.trainer.loop import FitLoop
 from milepost.trainer.metrics import Metrics
 from milepost.trainer.module import Module, takes_argument
-from milepost.trainer.optimization import SchedulerConfig, parse_optimizers
+from milepost.trainer.optimization import SchedulerConfig, parse_optimizers, require_monitors
 from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.signals import SignalFlags
 from milepost.trainer.state import dump_checkpoint, restore_model, restore_training
@@ -383,6 +383,8 @@ class Trainer:
     def _configure_optimizers(self, model: Module) -> None:
         with self.in_hook("configure_optimizers"):
             self.optimizers, self.lr_scheduler_configs = parse_optimizers(model.configure_optimizers())
+        if model.automatic_optimization:
+            require_monitors(self.lr_scheduler_configs)
         if model.automatic_optimization and len(self.optimizers) > 1:
             raise MisconfigurationException(
                 f"configure_optimizers returned {len(self.optimizers)} optimizers: with several, set "
