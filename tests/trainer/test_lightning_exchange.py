@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import milepost
 import milepost.callbacks
+from milepost.errors import UnsafeCheckpointError
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -172,3 +173,11 @@ def test_hyper_parameters_load_in_lightning_as_plain_values(tmp_path: Path) -> N
     assert not isinstance(plain["root"], Path) and not isinstance(plain["colour"], Colour)
     ours = type(module(milepost)).load_from_checkpoint(tmp_path / "last.ckpt")
     assert str(ours.hparams["root"]) == str(hparams["root"])
+
+
+def test_a_path_in_lightnings_hyper_parameters_is_refused_by_name_and_loads_on_request(tmp_path: Path) -> None:
+    fit(pl, tmp_path, epochs=1, hparams={"root": Path("x")})
+    with pytest.raises(UnsafeCheckpointError, match=r"hyper_parameters\.root.*pathlib"):
+        type(module(milepost)).load_from_checkpoint(tmp_path / "last.ckpt")
+    loaded = type(module(milepost)).load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert loaded.hparams["root"] == Path("x")

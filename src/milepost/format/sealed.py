@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -131,7 +132,7 @@ class _Inert:
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
 
-_PLAIN = {("collections", "OrderedDict"): dict}
+_PLAIN = {("collections", "OrderedDict"): OrderedDict}  # no dict: state_dict() hangs _metadata on it
 
 
 class _InertUnpickler(pickle.Unpickler):
