@@ -68,14 +68,14 @@ def loader() -> DataLoader[tuple[torch.Tensor, ...]]:
 
 def fit(side: Any, place: Path, epochs: int = 4, resume: Path | None = None, **options: Any) -> tuple[Any, Any]:
     """Train to `epochs`, keeping the best two and the last, with early stopping that never stops."""
-    hparams = options.pop("hparams", {})
+    hparams, build = options.pop("hparams", {}), options.pop("build", module)
     saves = side.callbacks.ModelCheckpoint(dirpath=place, monitor=HELD, save_top_k=2, save_last=True, **options)
     stopper = side.callbacks.EarlyStopping(HELD, patience=50)
     trainer = side.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, callbacks=[stopper, saves], enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, default_root_dir=place,
     )  # fmt: skip
-    model = module(side, **hparams)
+    model = build(side, **hparams)
     trainer.fit(model, loader(), loader(), ckpt_path=None if resume is None else str(resume))
     return trainer, model
 
@@ -181,3 +181,20 @@ def test_a_path_in_lightnings_hyper_parameters_is_refused_by_name_and_loads_on_r
         type(module(milepost)).load_from_checkpoint(tmp_path / "last.ckpt")
     loaded = type(module(milepost)).load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     assert loaded.hparams["root"] == Path("x")
+
+
+def test_a_plateau_whose_metric_a_lightning_file_lacks_waits_for_the_next_epoch(tmp_path: Path) -> None:
+    def plateau(side: Any) -> Any:
+        class Plateau(type(module(side))):  # type: ignore[misc]
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+                scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": HELD}}
+
+        return Plateau()
+
+    fit(pl, tmp_path, epochs=2, build=plateau)
+    with pytest.warns(UserWarning, match="monitors 'val_loss', which was not logged.*left as it is"):
+        trainer, _ = fit(milepost, tmp_path, resume=tmp_path / "last.ckpt", build=plateau)
+    assert trainer.global_step == 4 * BATCHES
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3, "one step each for epochs 0, 2 and 3"

@@ -31,6 +31,7 @@ class FitLoop:
         self.stream_state: dict[str, Any] | None = None  # of a checkpoint, until the stream is there
         self.rng_state: RngState | None = None  # of a checkpoint, until the loop goes on
         self.resumed: Phase | None = None
+        self.metrics_lost = False  # resumed from a file of Lightning, which keeps no logged values
         self._position_before: dict[str, Any] | None = None  # of the stream, while a batch is under way
         self.val_check_batch: int | float = math.inf
         self._loaded_epoch: int | None = None
@@ -163,6 +164,7 @@ class FitLoop:
         if not cut:
             self.optimization.step_schedulers("epoch", plateau=True, index=trainer.current_epoch + 1)
         trainer.log_epoch_metrics(step=max(progress.batches_that_stepped - 1, 0))
+        self.metrics_lost = False
         progress.epoch.add("completed")
         self.phase = Phase.BETWEEN_EPOCHS
 

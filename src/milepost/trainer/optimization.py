@@ -235,7 +235,7 @@ class Optimization:
                         f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "
                         f"Logged so far: {sorted(trainer.callback_metrics)}."
                     )
-                    if config.strict:
+                    if config.strict and not trainer.fit_loop.metrics_lost:
                         raise MisconfigurationException(
                             message + " Log it, or set 'strict': False in the lr_scheduler dict."
                         )

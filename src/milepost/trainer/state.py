@@ -171,6 +171,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint stands at epoch {trainer.current_epoch}, but Trainer(max_epochs={trainer.max_epochs}) ends"
             " before it. Raise max_epochs."
         )
+    loop.metrics_lost = exact is None
     if exact:
         _restore_exactly(trainer, exact)
     elif loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
