@@ -128,7 +128,7 @@ class Optimization:
 
     def attach(self, optimizers: list[Optimizer]) -> None:
         module = self._trainer.lightning_module
-        step = self._automatic_step if module.automatic_optimization else self._manual_step
+        step = self._precise_step if module.automatic_optimization else self._manual_step
         self.steppers = [Stepper(optimizer, step) for optimizer in optimizers]
 
     def run_batch(self, batch: Any, batch_idx: int, accumulating: bool) -> Any:
@@ -196,9 +196,6 @@ class Optimization:
         trainer.call("on_before_backward", scaled)
         trainer.lightning_module.backward(scaled, *args, **kwargs)
         trainer.call("on_after_backward")
-
-    def _automatic_step(self, optimizer: Optimizer, closure: Any) -> Any:
-        return self._precise_step(optimizer, closure)
 
     def _manual_step(self, optimizer: Optimizer, closure: Any) -> Any:
         self._progress.manual_step.add("ready")

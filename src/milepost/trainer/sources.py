@@ -45,17 +45,7 @@ def training_stream(trainer: Trainer) -> BatchStream | None:
             f"`Trainer.fit` needs training data: define `train_dataloader` on {type(trainer.lightning_module).__name__}"
             " or on a DataModule, or call trainer.fit(model, train_dataloaders=...)."
         )
-    limit = trainer.limit_train_batches
-    if trainer.overfit_batches:
-        loaders, limit = _without_shuffle(loaders), trainer.overfit_batches
-    return BatchStream(
-        loaders,
-        mode="max_size_cycle",
-        limits=_limit(limit),
-        seed=trainer.data_seed,
-        rank=trainer.global_rank,
-        name="train_dataloader",
-    )
+    return _stream(trainer, "train", loaders, trainer.limit_train_batches, mode="max_size_cycle")
 
 
 def evaluation_stream(trainer: Trainer, name: str, limit: int | float | None) -> BatchStream | None:
@@ -65,11 +55,15 @@ def evaluation_stream(trainer: Trainer, name: str, limit: int | float | None) ->
     loaders = requested_loaders(trainer, name)
     if loaders is None:
         return None
-    if name == "val" and trainer.overfit_batches:
+    return _stream(trainer, name, loaders, limit, mode="sequential")
+
+
+def _stream(trainer: Trainer, name: str, loaders: Any, limit: int | float | None, *, mode: str) -> BatchStream:
+    if name in ("train", "val") and trainer.overfit_batches:
         loaders, limit = _without_shuffle(loaders), trainer.overfit_batches
     return BatchStream(
         loaders,
-        mode="sequential",
+        mode=mode,
         limits=_limit(limit),
         seed=trainer.data_seed,
         rank=trainer.global_rank,
