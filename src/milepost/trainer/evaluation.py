@@ -107,14 +107,14 @@ class EvaluationLoop:
         if stage == "predict":
             self.predictions[dataloader_idx].append(output)
         elif not trainer.sanity_checking:
-            trainer.log_to_loggers(trainer.metrics.step_values(), step=batch_idx)
+            trainer.reports.send(trainer.metrics.step_values(), step=batch_idx)
 
     def _publish(self) -> list[dict[str, float]]:
         trainer = self.trainer
         results = trainer.metrics.evaluation_results()
         values = trainer.metrics.end_epoch()
         if not trainer.sanity_checking and self.stage != "predict":
-            trainer.log_to_loggers(values, step=trainer.logger_step)
+            trainer.reports.send(values, step=trainer.logger_step)
             trainer.metrics.logged.update(values)
         per_loader: list[dict[str, float]] = []
         for index in range(len(self.num_batches)):

@@ -127,7 +127,7 @@ class FitLoop:
         self.phase = Phase.BATCH_END
         trainer.call("on_train_batch_end", outputs, batch, batch_idx)
         progress.batch.add("completed")
-        trainer.log_step_metrics()
+        trainer.reports.step()
         return False
 
     def _finish_batch(self) -> None:
@@ -163,7 +163,7 @@ class FitLoop:
         cut = not self._last_batch_reached
         if not cut:
             self.optimization.step_schedulers("epoch", plateau=True, index=trainer.current_epoch + 1)
-        trainer.log_epoch_metrics(step=max(progress.batches_that_stepped - 1, 0))
+        trainer.reports.epoch(step=max(progress.batches_that_stepped - 1, 0))
         self.metrics_lost = False
         progress.epoch.add("completed")
         self.phase = Phase.BETWEEN_EPOCHS

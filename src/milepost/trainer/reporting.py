@@ -1,0 +1,64 @@
+"""What goes out to loggers and to the terminal, and under which step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milepost.trainer.module import Module
+    from milepost.trainer.trainer import Trainer
+
+
+class Reports:
+    """Sends the values of a step or an epoch to all loggers. `trainer.logged_metrics` holds what was sent."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def step(self) -> None:
+        """After a training batch: every `log_every_n_steps` batches that stepped."""
+        trainer = self._trainer
+        if not trainer.log_every_n_steps or (trainer.logger_step + 1) % trainer.log_every_n_steps:
+            return
+        values = trainer.metrics.step_values()
+        trainer.metrics.logged.update(values)
+        self.send(values, trainer.logger_step)
+
+    def epoch(self, step: int) -> None:
+        """After a training epoch."""
+        metrics = self._trainer.metrics
+        values = metrics.end_epoch()
+        metrics.reset_metric_objects()
+        metrics.logged.update(values)
+        self.send(values, step)
+
+    def send(self, values: dict[str, Any], step: int) -> None:
+        """Hand scalar `values` to the loggers, with the epoch."""
+        loggers = self._trainer.loggers
+        if not values or not loggers:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        numbers.setdefault("epoch", self._trainer.current_epoch)
+        for logger in loggers:
+            logger.log_metrics(numbers, step=step)
+
+    def hyperparams(self, model: Module) -> None:
+        """Before the first batch: the hyper-parameters of the data module and of `model`."""
+        trainer = self._trainer
+        if not trainer.enable_autolog_hparams or not trainer.loggers:
+            return
+        merged: dict[str, Any] = {}
+        for owner in (trainer.datamodule, model):
+            if owner is not None and owner._log_hyperparams:
+                merged.update(owner.hparams)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(merged)
+            logger.save()
+
+
+def print_results(results: list[dict[str, float]]) -> None:
+    """Print the metrics of validate or test, a line per loader."""
+    for index, metrics in enumerate(results):
+        title = f"DataLoader {index}: " if len(results) > 1 else ""
+        values = (f"{name.split('/dataloader_idx_')[0]}={value:.6g}" for name, value in sorted(metrics.items()))
+        print(title + "  ".join(values))

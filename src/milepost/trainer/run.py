@@ -1,0 +1,181 @@
+"""One call of fit, validate, test or predict, from its arguments to its teardown. Reads top to bottom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from milepost.data.rng import isolated_rng, run_seed
+from milepost.errors import MisconfigurationException, ResumeError
+from milepost.trainer import assembly
+from milepost.trainer.evaluation import check_step_signature
+from milepost.trainer.module import Module
+from milepost.trainer.optimization import parse_optimizers, require_monitors
+from milepost.trainer.resume import resolve_ckpt_path
+from milepost.trainer.state import restore_model, restore_training
+from milepost.trainer.surface import TrainerState
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+
+def run(
+    trainer: Trainer,
+    fn: str,
+    model: Module | None,
+    loaders: dict[str, Any],
+    datamodule: Any,
+    ckpt_path: Any,
+    weights_only: bool | None,
+) -> Any:
+    """Run `fn` of `trainer`. Whatever ends it early, the callbacks are told, loggers and strategy are closed."""
+    provided = model is not None
+    model = assembly.checked_module(model, trainer.lightning_module, fn)
+    trainer.loaders, trainer.datamodule = assembly.checked_data(loaders, datamodule)
+    trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
+    trainer.should_stop = False
+    trainer.strategy.connect(model)
+    path = None if ckpt_path is None else str(ckpt_path)
+    trainer.ckpt_path = resolve_ckpt_path(trainer, path, model_provided=provided)
+    try:
+        with trainer.signals:
+            results = _prepare_and_run(trainer, fn, model, weights_only)
+    except BaseException as error:
+        trainer.state.status = "interrupted"
+        _tell_of(trainer, error)
+        raise
+    trainer.state.status, trainer.state.stage = "finished", None
+    return results
+
+
+def _tell_of(trainer: Trainer, error: BaseException) -> None:
+    """Let callbacks save what they can. A failure in there never hides `error`; no collectives on this path."""
+    try:
+        for callback in trainer.callbacks:
+            callback.on_exception(trainer, trainer.lightning_module, error)
+    except Exception as second:
+        error.add_note(
+            f"While callbacks were told of this error, another one occurred: {type(second).__name__}: {second}"
+        )
+    finally:
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        trainer.strategy.teardown()
+
+
+def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: bool | None) -> Any:
+    model.trainer = trainer
+    assembly.attach_module_callbacks(trainer, model)
+    if trainer.datamodule is not None:
+        trainer.datamodule.trainer = trainer
+        trainer.datamodule.prepare_data()
+    model.prepare_data()
+    _call_setup(trainer, fn)
+    trainer.call("configure_model")
+    checkpoint = _load(trainer, weights_only)
+    if checkpoint is not None:
+        restore_model(trainer, checkpoint)
+    trainer.precision_plugin.convert_module(model)
+    trainer.strategy.setup()
+    if fn == "fit":
+        _configure_optimizers(trainer, model)
+        trainer.call("on_fit_start")
+    trainer.reports.hyperparams(model)
+    if fn == "fit":
+        trainer.data_seed = run_seed()
+        if checkpoint is not None:
+            restore_training(trainer, checkpoint)
+        trainer.fit_loop.optimization.attach(trainer.optimizers)
+    del checkpoint
+    with torch.autograd.set_detect_anomaly(trainer.detect_anomaly):
+        results = None
+        if fn == "fit":
+            _fit(trainer)
+        else:
+            results = _evaluate(trainer, fn)
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    if fn == "fit":
+        trainer.call("on_fit_end")
+    _call_teardown(trainer, fn)
+    trainer.strategy.teardown()
+    return results
+
+
+def _call_setup(trainer: Trainer, fn: str) -> None:
+    if trainer.datamodule is not None:
+        trainer.datamodule.setup(fn)
+    trainer.step_arguments.clear()
+    trainer.call("setup", fn)
+
+
+def _call_teardown(trainer: Trainer, fn: str) -> None:
+    if trainer.datamodule is not None:
+        trainer.datamodule.teardown(fn)
+    trainer.call("teardown", fn)
+
+
+def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
+    if trainer.ckpt_path is None:
+        return None
+    checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path, weights_only=weights_only)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ResumeError(
+            f"{type(trainer.strategy.checkpoint_io).__name__} loaded {type(checkpoint).__name__} from"
+            f" {trainer.ckpt_path!r}, which is no checkpoint: load_checkpoint must return the dict that"
+            " save_checkpoint was given."
+        )
+    return checkpoint
+
+
+def _fit(trainer: Trainer) -> None:
+    loop = trainer.fit_loop
+    validation = trainer.evaluation_loops["validation"]
+    validation.stream = None
+    if trainer.enable_validation and trainer.num_sanity_val_steps != 0 and loop.resumed is None:
+        trainer.state.stage = "sanity_check"
+        validation.sanity_check(trainer.num_sanity_val_steps)
+        trainer.state.stage = "train"
+    if trainer.enable_validation:
+        validation.load_data()
+        check_step_signature(trainer.lightning_module, "validation", len(validation.num_batches))
+    try:
+        loop.run()
+    finally:
+        if loop.stream is not None:
+            loop.stream.close()
+
+
+def _evaluate(trainer: Trainer, fn: str) -> Any:
+    loop = trainer.evaluation_loops["validation" if fn == "validate" else fn]
+    with isolated_rng():
+        trainer.data_seed = run_seed()
+        loop.load_data(force=True)
+        if loop.stream is None:
+            prefix = {"validate": "val"}.get(fn, fn)
+            raise MisconfigurationException(
+                f"`Trainer.{fn}` needs data: define `{prefix}_dataloader`, or pass dataloaders=..."
+            )
+        check_step_signature(trainer.lightning_module, loop.stage, len(loop.num_batches))
+        results = loop.run()
+    if fn != "predict":
+        return results
+    return loop.predictions[0] if len(loop.predictions) == 1 else loop.predictions
+
+
+def _configure_optimizers(trainer: Trainer, model: Module) -> None:
+    with trainer.in_hook("configure_optimizers"):
+        trainer.optimizers, trainer.lr_scheduler_configs = parse_optimizers(model.configure_optimizers())
+    if model.automatic_optimization:
+        require_monitors(trainer.lr_scheduler_configs)
+    if model.automatic_optimization and len(trainer.optimizers) > 1:
+        raise MisconfigurationException(
+            f"configure_optimizers returned {len(trainer.optimizers)} optimizers: with several, set "
+            "`self.automatic_optimization = False` in __init__ and step them in training_step."
+        )
+    if not model.automatic_optimization and (trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1):
+        raise MisconfigurationException(
+            "gradient_clip_val and accumulate_grad_batches belong to automatic optimization: with "
+            "`automatic_optimization = False`, clip with self.clip_gradients and accumulate in training_step."
+        )
