@@ -222,7 +222,7 @@ def test_refusing_runs_nothing(tmp_path: Path) -> None:
 def test_a_value_that_cannot_be_data_is_saved_loudly_and_found_by_the_dry_run(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     with pytest.raises(UnencodableValueError, match="mine") as caught:
-        values.check({"mine": [Custom()]}, "hooks")
+        values.check({"hooks": {"mine": [Custom()]}})
     assert caught.value.key_path == "hooks.mine.0"
     with pytest.warns(UserWarning, match=r"'mine\.0'.*weights_only=False"):
         TorchCheckpointIO().save_checkpoint(checkpoint(mine=[Custom()]), path)

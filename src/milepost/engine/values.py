@@ -23,28 +23,28 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.Tensor, torch.Size, to
 Encoded = dict[str, Any]
 
 
-def to_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def to_plain(checkpoint: dict[str, Any], *, warn: bool = True) -> dict[str, Any]:
     """Return a copy of the containers of `checkpoint` with every value plain, and the exact forms under `KEY`.
 
-    A value that cannot be data is pickled, loudly: the checkpoint is written all the same, and loads only with
-    ``weights_only=False``.
+    A value that cannot be data is pickled, with a warning unless `warn` is False: the checkpoint is written all the
+    same, and loads only with ``weights_only=False``.
     """
     exact: list[dict[str, Any]] = []
-    plain = _plain(checkpoint, (), exact, _pickled)
+    plain = _plain(checkpoint, (), exact, _pickled_loudly if warn else _pickled)
     if exact:
         plain[KEY] = {**plain.get(KEY, {}), "values": exact}
     return plain  # type: ignore[no-any-return]
 
 
-def check(value: Any, root: str = "") -> None:
+def check(value: Any, *, remedy: str = "") -> None:
     """Raise UnencodableValueError for the first value below `value` that cannot be stored as data."""
 
     def refuse(value: Any, path: tuple[Any, ...]) -> Any:
-        where = ".".join(map(str, ((root,) if root else ()) + path))
+        where = ".".join(map(str, path))
         raise UnencodableValueError(
-            f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored"
-            " as data. Store plain values, tensors, paths, enums or dataclasses; leave a module out of the"
-            " hyper-parameters with save_hyperparameters(ignore=[...]).",
+            f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data. Store plain values,"
+            " tensors, paths, enums or dataclasses in its place; leave it out of the hyper-parameters with"
+            f" save_hyperparameters(ignore=[...]).{remedy}",
             key_path=where,
         )
 
@@ -101,16 +101,24 @@ def _plain(
 
 
 def _pickled(value: Any, path: tuple[Any, ...]) -> Any:
-    where = ".".join(map(str, path))
     pickle.dumps(value)  # what cannot even be pickled fails here, with its own message
+    return value
+
+
+def _pickled_loudly(value: Any, path: tuple[Any, ...]) -> Any:
+    _pickled(value, path)
+    where = ".".join(map(str, path))
     warnings.warn(
-        f"The value at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored as"
-        " data. The checkpoint is written with it pickled, and loads only with weights_only=False. Store plain values"
-        " instead.",
+        f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data. The checkpoint is written"
+        " with it pickled, and loads only with weights_only=False. Store plain values instead.",
         UserWarning,
         stacklevel=2,
     )
     return value
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _nearest(value: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.optimization import Optimization
+from milepost.trainer.preflight import check_checkpoint
 from milepost.trainer.progress import FitProgress, Phase
 from milepost.trainer.sources import training_stream
 
@@ -48,6 +49,7 @@ class FitLoop:
         torch.set_grad_enabled(True)
         self._last_validation_time = time.monotonic()
         trainer.call("on_train_start")
+        check_checkpoint(trainer)
         while not self._done() or resumed is Phase.EPOCH_END:
             self._run_epoch(resumed)
             resumed = None

@@ -119,6 +119,9 @@ class AsyncCheckpointIO(CheckpointIO):
     def link(self, source: Any, target: Any) -> bool:
         return bool(self._in_order(lambda: io_calls.link(self.checkpoint_io, source, target)))
 
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        io_calls.check(self.checkpoint_io, checkpoint)
+
     def wait(self) -> None:
         """Wait for every save under way. Raises the first failure that has not been reported; none is raised twice."""
         while self._pending:

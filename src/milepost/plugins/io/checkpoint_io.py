@@ -18,8 +18,9 @@ class CheckpointIO(ABC):
 
     Three methods are needed. Beyond them a plugin may offer, each on its own: ``exists(path) -> bool``,
     ``list(directory) -> list[str]``, ``verify(path)`` (raises when the stored bytes are damaged),
-    ``link(source, target)`` (a second name for a checkpoint, without writing it again), ``wait()``, and
-    a `save_checkpoint` that returns a handle with ``done()`` and ``result()`` because it writes in the background.
+    ``link(source, target)`` (a second name for a checkpoint, without writing it again), ``check(checkpoint)`` (raises
+    when it could not be stored as data; called before the first step), ``wait()``, and a `save_checkpoint` that returns
+    a handle with ``done()`` and ``result()`` because it writes in the background.
     """
 
     @abstractmethod
@@ -152,6 +153,21 @@ def link(io: Any, source: Any, target: Any) -> bool:
     """Give the checkpoint at `source` the second name `target`. False: not offered or not possible, save it again."""
     offered = _offered(io, "link")
     return False if offered is None else offered(source, target) is not False
+
+
+def offers(io: Any, capability: str) -> bool:
+    """Whether `io` has the optional method `capability`."""
+    return _offered(io, capability) is not None
+
+
+def check(io: Any, checkpoint: dict[str, Any]) -> None:
+    """Ask whether `checkpoint` could be stored, without storing it. Nothing happens where it is not offered.
+
+    Raises:
+        UnencodableValueError, or what the plugin raises: a value in it cannot be stored as it should be.
+    """
+    if (offered := _offered(io, "check")) is not None:
+        offered(checkpoint)
 
 
 def wait(io: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from milepost.engine.values import from_plain, to_plain
+from milepost.engine import values
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 from milepost.format import sealed
 from milepost.plugins.io.checkpoint_io import CheckpointIO
@@ -20,7 +20,17 @@ class TorchCheckpointIO(CheckpointIO):
 
     A file appears under its name only when it is whole and on the disk; its bytes are covered by digests that `verify`
     and `load_checkpoint` check. Loading runs no code unless ``weights_only=False`` is given.
+
+    Args:
+        allow_pickle: pickle what cannot be stored as data, without a word. Such a file loads only with
+            ``weights_only=False``. Otherwise `check` refuses such a value before training, and one that turns up
+            later is pickled with a warning, so that no step is lost for it.
     """
+
+    _allow_pickle = False  # for a subclass whose __init__ does not call this one: Lightning's has none to call
+
+    def __init__(self, *, allow_pickle: bool = False) -> None:
+        self._allow_pickle = allow_pickle
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -38,8 +48,21 @@ class TorchCheckpointIO(CheckpointIO):
             )
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         with local.replacing(path, step=step) as file:
-            plain = to_plain(checkpoint)
+            plain = values.to_plain(checkpoint, warn=not self._allow_pickle)
             sealed.write(file, lambda out: torch.save(plain, out))
+
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        """Find what a save could only pickle; nothing is written.
+
+        Raises:
+            UnencodableValueError: names the value's key path, and how to go on.
+        """
+        if not self._allow_pickle:
+            values.check(
+                checkpoint,
+                remedy=" To have it pickled all the same, give Trainer(plugins=TorchCheckpointIO(allow_pickle=True));"
+                " such files load only with weights_only=False, which runs code.",
+            )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify the file and load it; tensors go to the CPU unless `map_location` says otherwise.
@@ -101,4 +124,4 @@ def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) ->
                 key_path=key_path,
             ) from error
         raise CheckpointFormatError(f"{name} is no checkpoint that torch can load: {error}") from error
-    return from_plain(loaded) if isinstance(loaded, dict) else loaded
+    return values.from_plain(loaded) if isinstance(loaded, dict) else loaded

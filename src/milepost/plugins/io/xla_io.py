@@ -19,7 +19,8 @@ class XLACheckpointIO(TorchCheckpointIO):
         MissingDependencyError: torch_xla is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_pickle: bool = False) -> None:
+        super().__init__(allow_pickle=allow_pickle)
         self._model = _optional.require("torch_xla.core.xla_model", extra="xla", needed_by="XLACheckpointIO")
 
     def save_checkpoint(
