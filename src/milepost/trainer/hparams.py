@@ -104,8 +104,9 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 
 def _argument_name(frame: Any, value: Any) -> str:
+    extra = inspect.getargvalues(frame).keywords  # cannot be passed back under its own name
     for name, local in frame.f_locals.items():
-        if local is value:
+        if local is value and name != extra:
             return str(name)
     return "kwargs"
 
