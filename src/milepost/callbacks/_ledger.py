@@ -11,6 +11,7 @@ from typing import Any
 
 from milepost.callbacks._naming import relative
 from milepost.engine.retention import Catalog, Change, Retention, obsolete
+from milepost.errors import CheckpointSaveError
 from milepost.plugins.io import checkpoint_io as capabilities
 
 
@@ -67,7 +68,7 @@ class Ledger:
         self._in_flight.extend(saves)
         try:
             for save in saves:
-                _prepare(save.path)
+                _prepare(save.path, trainer.global_step)
                 save.pending = trainer.save_checkpoint(save.path, self.weights_only)
         finally:
             # A trainer that returns nothing has finished by the time it returns; one that raised has set no handle.
@@ -132,13 +133,21 @@ class Ledger:
             warnings.warn(f"the old checkpoint {path} could not be deleted: {error}. Delete it by hand", stacklevel=2)
 
 
-def _prepare(path: str) -> None:
+def _prepare(path: str, step: int) -> None:
     if "://" in path:
         return
     place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_symlink():
-        place.unlink()  # a plugin that opens the path itself would write through the link, over what it points to
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_symlink():
+            place.unlink()  # a plugin that opens the path itself would write through the link, over what it points to
+    except OSError as error:
+        raise CheckpointSaveError(
+            f"The checkpoint of step {step} cannot be saved to {path!r}: {type(error).__name__}: {error}. "
+            "Give another dirpath, or make this one a directory that can be written to",
+            path=path,
+            step=step,
+        ) from error
 
 
 def _link(trainer: Any, save: Save) -> bool:

@@ -61,15 +61,13 @@ class NamedCheckpoint(Checkpoint):
     def _metrics(self, trainer: Trainer) -> dict[str, Any]:
         return {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
 
-    def _named(self, metrics: dict[str, Any], *, prefix: str | None = None, lenient: bool = False) -> str:
-        """The path from the template; with `lenient` a template that cannot be filled gives way to the default one."""
+    def _named(self, metrics: dict[str, Any], *, prefix: str | None = None) -> tuple[str, Exception | None]:
+        """The path from the template, or the default one and the reason why the template could not be filled."""
         try:
-            return self.format_checkpoint_name(metrics, prefix=prefix)
-        except MisconfigurationException:
-            if not lenient:
-                raise
+            return self.format_checkpoint_name(metrics, prefix=prefix), None
+        except MisconfigurationException as complaint:
             default = f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
-            return self.format_checkpoint_name(metrics, filename=default, prefix=prefix)
+            return self.format_checkpoint_name(metrics, filename=default, prefix=prefix), complaint
 
     def _free(self, trainer: Trainer, path: str, *, own: frozenset[str]) -> str:
         """`path` if nothing of others is there or versions are off, else with the first version that is free."""

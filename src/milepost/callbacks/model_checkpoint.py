@@ -290,13 +290,16 @@ class ModelCheckpoint(NamedCheckpoint):
         ranked = ranked and self._ledger.policy.admits(self._ledger.projected.entries, score)
         if not ranked and not (self.save_last and step > self._last_step):
             return
-        path = self._entry_path(trainer, score) if ranked else ""
+        path, complaint = self._entry_path(trainer, score) if ranked else ("", None)
         change = Change(entry=Entry(path, score, step)) if ranked else Change()
         self._submit(trainer, path, change, with_last=step > self._last_step)
         self._ranked_step = step if rank else self._ranked_step
+        if complaint is not None:  # only now: the step is saved
+            self._poll(trainer, wait=True)
+            raise complaint
 
     def _write_crash(self, trainer: Trainer) -> None:
-        path = self._named(self._metrics(trainer), prefix="exception", lenient=True)
+        path, _ = self._named(self._metrics(trainer), prefix="exception")
         self._submit(trainer, path, Change(crash=path), with_last=True)
 
     def _submit(self, trainer: Trainer, path: str, change: Change, *, with_last: bool) -> None:
@@ -339,15 +342,15 @@ class ModelCheckpoint(NamedCheckpoint):
         fresh = self.monitor in self._BUILTIN_METRICS or is_fresh(trainer, self.monitor)
         return float(self._metrics(trainer)[self.monitor]) if fresh else math.nan
 
-    def _entry_path(self, trainer: Trainer, score: float | None) -> str:
+    def _entry_path(self, trainer: Trainer, score: float | None) -> tuple[str, Exception | None]:
         metrics = self._metrics(trainer)
-        lenient = score is not None and math.isnan(score)
-        if lenient and self.monitor is not None:
+        unknown = score is not None and math.isnan(score)
+        if unknown and self.monitor is not None:
             metrics[self.monitor] = math.nan  # never a stale value in a file's name
-        path = self._named(metrics, lenient=lenient)
+        path, complaint = self._named(metrics)
         now = self._ledger.projected
         after = now.after(Change(entry=Entry("\0new", score)), self._ledger.policy)
-        return self._free(trainer, path, own=now.paths() - after.paths())
+        return self._free(trainer, path, own=now.paths() - after.paths()), None if unknown else complaint
 
     def _last_path(self, trainer: Trainer) -> str:
         path = self.format_checkpoint_name(self._metrics(trainer), filename=self.CHECKPOINT_NAME_LAST)
