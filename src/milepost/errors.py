@@ -139,4 +139,7 @@ class CheckpointSaveError(CheckpointError, OSError):
 
 
 class SIGTERMException(SystemExit):
-    """A signal asked the run to stop. Raised by the loop at a step boundary, never inside a signal handler."""
+    """A signal asked the run to stop. Raised by the loop at a step boundary, never inside a signal handler.
+
+    Uncaught, it ends the process with status 128 + signal.
+    """

@@ -6,6 +6,7 @@ _NAMES = {
     "CheckpointIO": "milepost.plugins.io.checkpoint_io",
     "TorchCheckpointIO": "milepost.plugins.io.torch_io",
     "XLACheckpointIO": "milepost.plugins.io.xla_io",
+    "Preemption": "milepost.plugins.preemption",
     "AsyncCheckpointIO": "milepost.plugins.io.async_io",
 }
 __all__ = sorted(_NAMES)

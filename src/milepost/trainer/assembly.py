@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +14,7 @@ from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
+from milepost.plugins.preemption import Preemption
 from milepost.precision.precision import Precision, make_precision
 from milepost.strategies.single_device import SingleDeviceStrategy
 from milepost.strategies.strategy import Strategy
@@ -83,19 +82,20 @@ def set_determinism(deterministic: bool | str | None, benchmark: bool | None) ->
         torch.backends.cudnn.benchmark = bool(benchmark) and not deterministic
 
 
-def strategy_and_precision(
+def strategy_and_plugins(
     strategy: str | Strategy, accelerator: str, devices: Any, precision: str | int | None, plugins: Any
-) -> tuple[Strategy, Precision]:
-    """Build the strategy and the precision, and give the strategy the CheckpointIO found in `plugins`."""
+) -> tuple[Strategy, Precision, Preemption]:
+    """Build what `plugins` and the arguments say, and give the strategy the CheckpointIO found among them."""
     given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
     ios = [p for p in given if io_calls.is_checkpoint_io(p)]
     precisions = [p for p in given if isinstance(p, Precision)]
-    if wrong := [p for p in given if p not in ios and p not in precisions]:
+    preemptions = [p for p in given if isinstance(p, Preemption)]
+    if wrong := [p for p in given if not any(p in known for known in (ios, precisions, preemptions))]:
         raise MisconfigurationException(
             f"Found invalid type for plugin {wrong[0]!r}: expected a CheckpointIO (save_checkpoint, load_checkpoint, "
-            "remove_checkpoint) or a Precision."
+            "remove_checkpoint), a Precision or a Preemption."
         )
-    for kind, found in (("CheckpointIO", ios), ("Precision", precisions)):
+    for kind, found in (("CheckpointIO", ios), ("Precision", precisions), ("Preemption", preemptions)):
         if len(found) > 1:
             raise MisconfigurationException(
                 f"Received {len(found)} values for {kind} in `plugins`; expected one at most."
@@ -109,7 +109,8 @@ def strategy_and_precision(
         built.checkpoint_io = ios[0]
     if precisions and precision is not None:
         raise MisconfigurationException(f"precision={precision!r} and a Precision plugin were given, choose one.")
-    return built, precisions[0] if precisions else make_precision(precision, built.root_device.type)
+    chosen = precisions[0] if precisions else make_precision(precision, built.root_device.type)
+    return built, chosen, preemptions[0] if preemptions else Preemption()
 
 
 def _device(strategy: str, accelerator: str, devices: Any) -> torch.device:
@@ -232,12 +233,3 @@ def checked_data(loaders: dict[str, Any], datamodule: Any) -> tuple[dict[str, An
     if datamodule is not None and any(v is not None for v in loaders.values()):
         raise MisconfigurationException("Both loaders and a `datamodule` were given: pass one of them.")
     return loaders, datamodule
-
-
-def requeue_path(directory: str) -> str:
-    """Next free name of a requeue file, keyed by the SLURM job: two jobs in one directory keep apart."""
-    job = os.environ.get("SLURM_JOB_ID", "local")
-    pattern = re.compile(rf"hpc_ckpt_{re.escape(job)}_(\d+)\.ckpt")
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    taken = [int(m.group(1)) for p in Path(directory).iterdir() if (m := pattern.fullmatch(p.name))]
-    return str(Path(directory) / f"hpc_ckpt_{job}_{max(taken, default=0) + 1}.ckpt")

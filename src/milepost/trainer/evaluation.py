@@ -65,16 +65,18 @@ class EvaluationLoop:
         trainer.metrics.begin_epoch(training=False)
         getattr(module, f"on_{stage}_model_eval")()
         self.predictions = [[] for _ in self.num_batches]
-        with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
-            trainer.call(f"on_{stage}_start")
-            trainer.call(f"on_{stage}_epoch_start")
-            self._run_batches(stream, max_batches)
-            trainer.call(f"on_{stage}_epoch_end")
-            results = self._publish()
-            trainer.call(f"on_{stage}_end")
-        trainer.metrics.reset_metric_objects()
-        trainer.metrics.current = training_metrics
-        self._restore_modes(module, modes)
+        try:
+            with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
+                trainer.call(f"on_{stage}_start")
+                trainer.call(f"on_{stage}_epoch_start")
+                self._run_batches(stream, max_batches)
+                trainer.call(f"on_{stage}_epoch_end")
+                results = self._publish()
+                trainer.call(f"on_{stage}_end")
+        finally:  # a signal may cut it short; what is saved then is the state of training
+            trainer.metrics.reset_metric_objects()
+            trainer.metrics.current = training_metrics
+            self._restore_modes(module, modes)
         return results
 
     def _run_batches(self, stream: BatchStream, max_batches: int | None) -> None:
@@ -88,8 +90,8 @@ class EvaluationLoop:
                     break
                 continue
             self._run_batch(batch, batch_idx, dataloader_idx, several)
-            if trainer.received_sigterm and trainer.state.fn != "fit":
-                raise SIGTERMException
+            if trainer.received_sigterm:
+                raise SIGTERMException(trainer.signals.exit_status)
 
     def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool) -> None:
         trainer, stage = self.trainer, self.stage

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from milepost.data.rng import RngState
 from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.optimization import Optimization
 from milepost.trainer.preflight import check_checkpoint
 from milepost.trainer.progress import FitProgress, Phase
+from milepost.trainer.signals import save_for_requeue
 from milepost.trainer.sources import training_stream
 
 if TYPE_CHECKING:
-    from milepost.data.rng import RngState
     from milepost.data.stream import BatchStream
     from milepost.trainer.trainer import Trainer
 
@@ -105,6 +106,11 @@ class FitLoop:
             progress.batch.is_last_batch = True
             self._position_before = None
             return True
+        except RuntimeError:
+            if not trainer.received_sigterm:
+                raise
+            # The signal went to the whole process group and has ended the workers. This batch was not begun.
+            self._stop_for_signal()
         progress.batch.is_last_batch = stream.is_last
         batch = trainer.to_device(batch)
         progress.batch.add("ready")
@@ -141,17 +147,30 @@ class FitLoop:
         if self._validation_due():
             if not self.accumulating:
                 trainer.lightning_module.on_validation_model_zero_grad()
-            trainer.run_validation()
-            self._last_validation_time = time.monotonic()
+            self._validate()
         if not self.accumulating:
             self.optimization.step_schedulers("step", plateau=True, index=progress.batch.current.ready)
             progress.batches_that_stepped += 1
         if trainer.should_stop:
             for logger in trainer.loggers:
                 logger.save()
-        trainer.act_on_signals()
         if trainer.received_sigterm:
-            raise SIGTERMException
+            self._stop_for_signal()
+
+    def _validate(self) -> None:
+        before = RngState.capture()
+        try:
+            self.trainer.run_validation()
+        except SIGTERMException:
+            # Cut short between two of its batches: a resumed run does all of it again, from the same random state.
+            self.phase = Phase.BATCH_END
+            before.restore()
+            self._stop_for_signal()
+        self._last_validation_time = time.monotonic()
+
+    def _stop_for_signal(self) -> NoReturn:
+        save_for_requeue(self.trainer)
+        raise SIGTERMException(self.trainer.signals.exit_status)
 
     def _end_epoch(self) -> None:
         trainer = self.trainer
@@ -173,7 +192,7 @@ class FitLoop:
     @property
     def interrupted_in_batch(self) -> bool:
         """Whether a batch has been begun and not finished: an exception is being handled."""
-        return self._position_before is not None
+        return self.progress.batch.current.processed < self.progress.batch.current.ready
 
     def data_position(self) -> dict[str, Any] | None:
         """Where in the data a resumed run goes on: after the last batch that was finished."""

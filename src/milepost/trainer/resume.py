@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from milepost.callbacks.model_checkpoint import ModelCheckpoint
 from milepost.callbacks.on_exception import OnExceptionCheckpoint
 from milepost.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException
 from milepost.plugins.io import checkpoint_io as capabilities
+from milepost.trainer.signals import requeue_files
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
@@ -51,7 +51,7 @@ def resolve_ckpt_path(
             warnings.warn(f"ckpt_path='last': no good checkpoint in {places}. Starting without one", stacklevel=2)
         return found
     if name == "hpc":
-        found = newest_good(trainer, hpc_checkpoints(trainer.default_root_dir))
+        found = newest_good(trainer, requeue_files(trainer.default_root_dir))
         if found is None:
             raise CheckpointNotFoundError(
                 f"ckpt_path='hpc': no hpc checkpoint of this job in {trainer.default_root_dir}. "
@@ -59,19 +59,8 @@ def resolve_ckpt_path(
             )
         return found
     if name == "auto":
-        return newest_good(trainer, [*_candidates(trainer), *hpc_checkpoints(trainer.default_root_dir)])
+        return newest_good(trainer, [*_candidates(trainer), *requeue_files(trainer.default_root_dir)])
     return _path(trainer, name)
-
-
-def hpc_checkpoints(directory: str | os.PathLike[str]) -> list[str]:
-    """The files written for requeueing in `directory`, oldest number first; under SLURM only those of this job."""
-    place, job = Path(directory), os.environ.get("SLURM_JOB_ID")
-    key = f"{re.escape(job)}_" if job else "(?:local_)?"
-    pattern = re.compile(rf"hpc_ckpt_{key}(\d+)\.ckpt")
-    if not place.is_dir():
-        return []
-    numbered = ((match, entry) for entry in place.iterdir() if (match := pattern.fullmatch(entry.name)))
-    return [str(entry) for _, entry in sorted((int(match.group(1)), entry) for match, entry in numbered)]
 
 
 def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
@@ -91,7 +80,7 @@ def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
 
 def _unasked(trainer: Any, *, fitting: bool, model_provided: bool) -> str | None:
     if fitting and "SLURM_JOB_ID" in os.environ:
-        requeued = newest_good(trainer, hpc_checkpoints(trainer.default_root_dir))
+        requeued = newest_good(trainer, requeue_files(trainer.default_root_dir))
         if requeued is not None:
             return requeued
     if fitting:

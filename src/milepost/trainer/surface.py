@@ -231,7 +231,7 @@ class TrainerSurface:
 
     @property
     def received_sigterm(self) -> bool:
-        return self.signals.sigterm
+        return bool(self.signals.received)
 
     @property
     def logger_step(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -124,7 +123,7 @@ class Trainer(TrainerSurface):
         self.default_root_dir = defaults.root_dir(default_root_dir)
         assembly.set_determinism(deterministic, benchmark)
 
-        self.strategy, self.precision_plugin = assembly.strategy_and_precision(
+        self.strategy, self.precision_plugin, preemption = assembly.strategy_and_plugins(
             strategy, accelerator, devices, precision, plugins
         )
         self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not plain)
@@ -139,7 +138,7 @@ class Trainer(TrainerSurface):
         self.profiler = profiler
         self.state = TrainerState()
         self.should_stop = False
-        self.signals = SignalFlags()
+        self.signals = SignalFlags(preemption)
         self.ckpt_path: str | None = None
         self.datamodule: DataModule | None = None
         self.loaders: dict[str, Any] = {}
@@ -241,8 +240,10 @@ class Trainer(TrainerSurface):
     def run_validation(self) -> None:
         """Called by the fit loop when validation is due."""
         self.state.stage = "validate"
-        self.evaluation_loops["validation"].run()
-        self.state.stage = "train"
+        try:
+            self.evaluation_loops["validation"].run()
+        finally:
+            self.state.stage = "train"
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
@@ -305,16 +306,6 @@ class Trainer(TrainerSurface):
         batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = owner.transfer_batch_to_device(batch, self.strategy.root_device, dataloader_idx)
         return owner.on_after_batch_transfer(batch, dataloader_idx)
-
-    # ---- signals -------------------------------------------------------------------------------------------------
-
-    def act_on_signals(self) -> None:
-        """At a step boundary: save for a requeue when SLURM, or SIGUSR1, asked for it. The loop then stops."""
-        if not self.signals.received:
-            return
-        if signal.SIGUSR1 in self.signals.received or "SLURM_JOB_ID" in os.environ:
-            path = assembly.requeue_path(self.default_root_dir)
-            self.save_checkpoint(path).result()
 
 
 def _overrides_transfer(datamodule: DataModule) -> bool:
