@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
 
 _COMPILED = "_orig_mod."
+
+
+@contextmanager
+def without_trainer(module: Module) -> Iterator[None]:
+    """Inside, `module` can be copied: it refers to its Trainer, and a copy of that would drag the whole run along."""
+    trainer = module._trainer
+    module.trainer = None
+    try:
+        yield
+    finally:
+        module.trainer = trainer
 
 
 class WeightAveraging(Callback):
@@ -136,13 +148,8 @@ class WeightAveraging(Callback):
     # ---- weights -------------------------------------------------------------------------------------------------
 
     def _copy(self, pl_module: Module) -> AveragedModel:
-        # The module refers to its Trainer, and a copy of that would drag the whole run along.
-        trainer = pl_module._trainer
-        pl_module.trainer = None
-        try:
+        with without_trainer(pl_module):
             return AveragedModel(pl_module, device=self._device, use_buffers=self._use_buffers, **self._kwargs)
-        finally:
-            pl_module.trainer = trainer
 
     def _update(self, pl_module: Module) -> None:
         assert self._average is not None

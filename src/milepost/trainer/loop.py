@@ -189,6 +189,25 @@ class FitLoop:
         progress.epoch.add("completed")
         self.phase = Phase.BETWEEN_EPOCHS
 
+    def pass_over_data(self) -> None:
+        """Run `training_step` over one more epoch of training batches: no gradients, hooks, records or progress.
+
+        For a callback in `on_train_end` that has changed the weights and needs what the module gathers in its forward
+        pass, such as the statistics of batch norm.
+        """
+        trainer, stream = self.trainer, self.stream
+        assert stream is not None
+        module = trainer.lightning_module
+        hook, module._current_hook = module._current_hook, None  # self.log records nothing
+        stream.begin(self.progress.epoch.current.processed)
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                for batch, batch_idx, _ in stream:
+                    if batch is not None:
+                        trainer.call_step("training_step", trainer.to_device(batch), batch_idx)
+        finally:
+            module._current_hook = hook
+
     @property
     def interrupted_in_batch(self) -> bool:
         """Whether a batch has been begun and not finished: an exception is being handled."""

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from milepost.core.schedules import SchedulerConfig
 from milepost.errors import MisconfigurationException
 from milepost.trainer.progress import FitProgress
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
-
-
-@dataclass
-class SchedulerConfig:
-    """One scheduler, and when it moves. Fields are the keys that `configure_optimizers` may give."""
-
-    scheduler: Any
-    name: str | None = None
-    interval: str = "epoch"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True
 
 
 def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:

@@ -13,6 +13,7 @@ import torch
 
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
+from milepost.core.schedules import SchedulerConfig
 from milepost.strategies.strategy import Strategy
 from milepost.trainer import assembly, defaults
 from milepost.trainer.datamodule import DataModule
@@ -20,7 +21,6 @@ from milepost.trainer.evaluation import EvaluationLoop
 from milepost.trainer.loop import FitLoop
 from milepost.trainer.metrics import Metrics
 from milepost.trainer.module import Module, takes_argument
-from milepost.trainer.optimization import SchedulerConfig
 from milepost.trainer.reporting import Reports, print_results
 from milepost.trainer.run import run
 from milepost.trainer.signals import SignalFlags
