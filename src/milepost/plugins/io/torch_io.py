@@ -10,7 +10,7 @@ import torch
 
 from milepost.engine import values
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
-from milepost.format import sealed
+from milepost.format import sealed, torch_zip
 from milepost.plugins.io.checkpoint_io import CheckpointIO
 from milepost.storage import local
 
@@ -92,8 +92,8 @@ class TorchCheckpointIO(CheckpointIO):
         folder = Path(directory)
         return sorted(str(p) for p in folder.glob("*.ckpt") if p.is_file()) if folder.is_dir() else []
 
-    def verify(self, path: str | os.PathLike[str]) -> None:
-        """Read every byte and check it.
+    def verify(self, path: str | os.PathLike[str]) -> str | None:
+        """Read every byte and check it. Returns ``"cannot"`` for a file without checksums, of torch before 1.6.
 
         Raises:
             CheckpointCorruptError: names the damaged range; CheckpointNotFoundError: no such file.
@@ -102,7 +102,7 @@ class TorchCheckpointIO(CheckpointIO):
         if not path.is_file():
             raise CheckpointNotFoundError(f"Checkpoint file not found: {path}")
         with path.open("rb") as file:
-            sealed.verify(file, str(path))
+            return None if sealed.verify(file, str(path)) else "cannot"
 
     def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
         """Give the file a second name, atomically; False where the file system has no hard links."""
@@ -115,7 +115,7 @@ def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) ->
         loaded = torch.load(file, map_location=map_location or "cpu", weights_only=safe)
     except Exception as error:
         file.seek(0)
-        if safe and (refused := sealed.refused_value(file)):
+        if safe and (refused := torch_zip.refused_value(file)):
             key_path, type_name = refused
             raise UnsafeCheckpointError(
                 f"{name}: the value at {key_path!r} is a pickled {type_name}, and loading it would run code. If you"
