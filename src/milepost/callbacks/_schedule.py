@@ -80,5 +80,4 @@ def is_fresh(trainer: Any, monitor: str) -> bool:
         return logged is not None
     if logged != trainer.global_step - 1:
         return False
-    training = trainer.metrics.training
-    return any(monitor == training.names(entry)[0] for entry in training.entries.values() if entry.on_step)
+    return bool(trainer.metrics.of_training_step(monitor))

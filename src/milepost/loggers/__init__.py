@@ -4,6 +4,7 @@ from milepost._lazy import lazy_names
 
 _NAMES = {
     "Logger": "milepost.loggers.logger",
+    "DummyLogger": "milepost.loggers.logger",
     "CSVLogger": "milepost.loggers.csv_logs",
     "TensorBoardLogger": "milepost.loggers.tensorboard",
 }

@@ -67,6 +67,33 @@ class Logger:
         """Called once a checkpoint of `checkpoint_callback` is durable, so that its file may be read or uploaded."""
 
 
+class DummyLogger(Logger):
+    """Takes the place of the loggers under ``fast_dev_run``: everything can be called, nothing is written."""
+
+    @property
+    def experiment(self) -> Any:
+        """Stands for the writer of any logger."""
+        return _Nothing()
+
+    def __getattr__(self, name: str) -> Any:
+        return _Nothing()
+
+
+class _Nothing:
+    """Any attribute, item or call of it is another one."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # not an array, nor a context, nor anything else that Python asks for by protocol
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
 def plain_params(params: Any) -> dict[str, Any]:
     """Hyperparameters (a mapping, a namespace or None) as a dict."""
     if params is None:

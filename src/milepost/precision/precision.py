@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,12 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler | None:
         return None
 
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Entered where the module builds its parameters: they are made in their type, not cast to it."""
+        return nullcontext() if self.precision == "32-true" else _default_dtype(self._dtype)
+
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Called before a checkpoint is loaded into the module, which would else lose bits."""
         return module if self.precision == "32-true" else module.to(self._dtype)
 
     def convert_input(self, batch: Any) -> Any:
@@ -45,21 +51,21 @@ class Precision:
         return map_tensors(batch, lambda t: t.to(self._dtype) if t.is_floating_point() else t)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Entered around every step of the module."""
-        return nullcontext()
+        """Entered around every step of the module: new tensors are of the parameters' type."""
+        return self.init_context()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss
 
-    def step(self, optimizer: Optimizer, closure: Any, before_step: Any) -> Any:
-        """Run `closure`, then `before_step` with gradients unscaled, then the optimizer."""
+    def step(self, optimizer: Optimizer, closure: Any, before_step: Any, **kwargs: Any) -> Any:
+        """Run `closure`, then `before_step` with gradients unscaled, then the optimizer, which gets `kwargs`."""
 
         def wrapped() -> Any:
             result = closure()
             before_step()
             return result
 
-        return optimizer.step(closure=wrapped)
+        return optimizer.step(closure=wrapped, **kwargs)
 
     def clip_gradients(self, optimizer: Optimizer, limit: float, algorithm: str) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,6 +95,9 @@ class MixedPrecision(Precision):
     def scaler(self) -> torch.amp.GradScaler | None:
         return self._scaler
 
+    def init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
         return module
 
@@ -96,24 +105,27 @@ class MixedPrecision(Precision):
         return batch
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device_type, dtype=self._autocast_dtype)
+        # no cache: a weight cast first where no gradients are kept would stay without them
+        return torch.autocast(self._device_type, dtype=self._autocast_dtype, cache_enabled=False)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self._scaler is None else self._scaler.scale(loss)
 
-    def step(self, optimizer: Optimizer, closure: Any, before_step: Any) -> Any:
+    def step(self, optimizer: Optimizer, closure: Any, before_step: Any, **kwargs: Any) -> Any:
         if self._scaler is None:
-            return super().step(optimizer, closure, before_step)
+            return super().step(optimizer, closure, before_step, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
                 "LBFGS runs its closure several times a step, which precision='16-mixed' cannot scale. Use 32 or"
                 " bf16-mixed."
             )
         result = closure()
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if has_gradients:
             self._scaler.unscale_(optimizer)
-            before_step()
-            self._scaler.step(optimizer)
+        before_step()
+        if has_gradients:  # the scaler refuses to step where the batch was skipped
+            self._scaler.step(optimizer, **kwargs)
             self._scaler.update()
         return result
 
@@ -127,6 +139,16 @@ class MixedPrecision(Precision):
                 " with precision='16-mixed'."
             )
         self._scaler.load_state_dict(state_dict)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 _NAMES = {

@@ -42,14 +42,31 @@ def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: 
         )
 
 
+def refuse_with_barebones(**given: Any) -> None:
+    """``barebones`` measures raw speed: what slows a run down cannot be asked for beside it."""
+    for name, value in given.items():
+        if value:
+            raise MisconfigurationException(
+                f"Trainer(barebones=True, {name}={value!r}): barebones switches it off to measure raw speed. Leave one"
+                " of the two out."
+            )
+
+
 def validation_interval(value: Any, every_n_epoch: int | None) -> tuple[int | float, float | None]:
     """Resolve ``val_check_interval``: batches (int), a fraction of the epoch (float), or seconds (second item)."""
+    if every_n_epoch is not None and (not isinstance(every_n_epoch, int) or every_n_epoch < 1):
+        raise MisconfigurationException(
+            f"check_val_every_n_epoch={every_n_epoch!r}: give an int of at least 1, or None to count batches across"
+            " epochs."
+        )
     if value is None:
         return 1.0, None
     if isinstance(value, (str, dict, timedelta)):
         duration = defaults.parse_duration(value, "val_check_interval")
         assert duration is not None
         return 1.0, duration.total_seconds()
+    if isinstance(value, float) and value > 1.0 and value.is_integer():
+        value = int(value)
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -134,10 +151,17 @@ def _device(strategy: str, accelerator: str, devices: Any) -> torch.device:
     return torch.device("cuda", index)
 
 
-def loggers(given: Any, directory: str, *, enabled: bool) -> list[Any]:
-    """The loggers for the ``logger`` argument: TensorBoard where it is installed, else CSV, unless others are given."""
+def loggers(given: Any, directory: str, *, enabled: bool, writing: bool) -> list[Any]:
+    """The loggers for the ``logger`` argument: TensorBoard where it is installed, else CSV, unless others are given.
+
+    One that writes nothing, where they are not to be `writing`.
+    """
     if not enabled or given is False:
         return []
+    if not writing:
+        from milepost.loggers.logger import DummyLogger
+
+        return [DummyLogger()]
     if given is None or given is True:
         if _optional.available("tensorboard"):
             from milepost.loggers.tensorboard import TensorBoardLogger

@@ -69,11 +69,20 @@ def batch_limit(value: int | float | None, name: str, fast_dev_run: int) -> int 
         return fast_dev_run
     if value is None:
         return 1.0
+    if isinstance(value, float) and value > 1.0 and value.is_integer():
+        return int(value)
     if (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0.0 <= value <= 1.0):
         return value
     raise MisconfigurationException(
         f"{name}={value!r}: give a number of batches (int ≥ 0) or a fraction of them (float from 0.0 to 1.0)."
     )
+
+
+def dev_batches(fast_dev_run: int | bool) -> int:
+    """Batches of each loop under ``fast_dev_run``; 0 where it is off."""
+    if not isinstance(fast_dev_run, int) or fast_dev_run < 0:
+        raise MisconfigurationException(f"fast_dev_run={fast_dev_run!r}: give True, or a number of batches (int ≥ 0).")
+    return int(fast_dev_run)
 
 
 def positive(value: int, name: str) -> int:

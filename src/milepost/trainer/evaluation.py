@@ -27,6 +27,7 @@ class EvaluationLoop:
         self.stream: BatchStream | None = None
         self.predictions: list[list[Any]] = []
         self._loaded_epoch: int | None = None
+        self._seen_batches: dict[int, int] = {}  # of each loader, over all runs since the loaders were asked for
 
     @property
     def num_batches(self) -> list[int | float]:
@@ -51,6 +52,7 @@ class EvaluationLoop:
             limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
             self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], limit)
             self._loaded_epoch = epoch
+            self._seen_batches = {}
 
     def run(self, max_batches: int | None = None) -> list[dict[str, float]]:
         """One pass over the loaders. Returns one dict of metrics per loader."""
@@ -61,27 +63,28 @@ class EvaluationLoop:
             return []
         module = trainer.lightning_module
         modes = {m: m.training for m in module.modules()}
-        training_metrics = trainer.metrics.current
-        trainer.metrics.begin_epoch(training=False)
+        interrupted = trainer.metrics.begin_evaluation()
         getattr(module, f"on_{stage}_model_eval")()
         self.predictions = [[] for _ in self.num_batches]
         try:
             with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
                 trainer.call(f"on_{stage}_start")
                 trainer.call(f"on_{stage}_epoch_start")
-                self._run_batches(stream, max_batches)
+                per_loader = self._run_batches(stream, max_batches)
                 trainer.call(f"on_{stage}_epoch_end")
-                results = self._publish()
+                results = self._publish(per_loader)
                 trainer.call(f"on_{stage}_end")
         finally:  # a signal may cut it short; what is saved then is the state of training
-            trainer.metrics.reset_metric_objects()
-            trainer.metrics.current = training_metrics
+            trainer.metrics.end_evaluation(interrupted)
             self._restore_modes(module, modes)
         return results
 
-    def _run_batches(self, stream: BatchStream, max_batches: int | None) -> None:
+    def _run_batches(self, stream: BatchStream, max_batches: int | None) -> list[dict[str, Any]]:
+        """Returns the values that each loader's batches have logged."""
         trainer = self.trainer
         several = len(self.num_batches) > 1
+        values: list[dict[str, Any]] = [{} for _ in self.num_batches]
+        reading = 0
         # the data's own randomness never moves the model's: validating or not leaves training bit-identical
         stream.begin(trainer.current_epoch)
         for batch, batch_idx, dataloader_idx in stream:
@@ -89,14 +92,19 @@ class EvaluationLoop:
                 if dataloader_idx == len(self.num_batches) - 1:
                     break
                 continue
+            if dataloader_idx != reading:
+                values[reading] = trainer.metrics.end_loader(dataloader_idx)
+                reading = dataloader_idx
             self._run_batch(batch, batch_idx, dataloader_idx, several)
             if trainer.received_sigterm:
                 raise SIGTERMException(trainer.signals.exit_status)
+        values[reading] = trainer.metrics.end_loader()
+        return values
 
     def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool) -> None:
         trainer, stage = self.trainer, self.stage
         batch = trainer.to_device(batch, dataloader_idx)
-        trainer.metrics.begin_batch(batch, f"/dataloader_idx_{dataloader_idx}" if several else "")
+        trainer.metrics.begin_batch(batch, dataloader_idx if several else None)
         position = (batch, batch_idx, dataloader_idx) if several else (batch, batch_idx)
         trainer.call(f"on_{stage}_batch_start", *position)
         with (
@@ -106,23 +114,22 @@ class EvaluationLoop:
         ):
             output = trainer.call_step(f"{stage}_step", *position)
         trainer.call(f"on_{stage}_batch_end", output, *position)
+        trainer.metrics.end_batch()
         if stage == "predict":
             self.predictions[dataloader_idx].append(output)
         elif not trainer.sanity_checking:
-            trainer.reports.send(trainer.metrics.step_values(), step=batch_idx)
+            seen = self._seen_batches.get(dataloader_idx, 0)
+            self._seen_batches[dataloader_idx] = seen + 1
+            trainer.reports.send(trainer.metrics.step_values(), step=seen, with_epoch=False)
 
-    def _publish(self) -> list[dict[str, float]]:
+    def _publish(self, per_loader: list[dict[str, Any]]) -> list[dict[str, float]]:
+        """Report the evaluation's values. `per_loader` holds those of the batches; hooks after them add to each."""
         trainer = self.trainer
-        results = trainer.metrics.evaluation_results()
-        values = trainer.metrics.end_epoch()
-        if not trainer.sanity_checking and self.stage != "predict":
-            trainer.reports.send(values, step=trainer.logger_step)
-            trainer.metrics.logged.update(values)
-        per_loader: list[dict[str, float]] = []
-        for index in range(len(self.num_batches)):
-            suffix = f"/dataloader_idx_{index}"
-            per_loader.append({k: v for k, v in results.items() if "/dataloader_idx_" not in k or k.endswith(suffix)})
-        return per_loader
+        late = trainer.metrics.end_loader()
+        if not trainer.sanity_checking:
+            merged = {name: value for values in per_loader for name, value in values.items()}
+            trainer.reports.send(merged | late, step=trainer.logger_step)
+        return [{name: float(value) for name, value in (values | late).items()} for values in per_loader]
 
     def _restore_modes(self, module: Module, modes: dict[torch.nn.Module, bool]) -> None:
         name = f"on_{self.stage}_model_train"
@@ -142,9 +149,7 @@ class EvaluationLoop:
             trainer.call("on_sanity_check_start")
             self.run(max_batches=None if batches == -1 else batches)
             trainer.call("on_sanity_check_end")
-        trainer.metrics.callback.clear()
-        trainer.metrics.steps.clear()
-        trainer.metrics.progress_bar.clear()
+        trainer.metrics.clear()
 
 
 def check_step_signature(module: Module, stage: str, loaders: int) -> None:

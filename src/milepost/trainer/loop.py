@@ -48,6 +48,8 @@ class FitLoop:
         if self.stream is None or self.stream.num_batches == 0 or (self._done() and resumed is not Phase.EPOCH_END):
             return
         torch.set_grad_enabled(True)
+        if resumed is None:
+            trainer.metrics.begin_training_epoch()
         self._last_validation_time = time.monotonic()
         trainer.call("on_train_start")
         check_checkpoint(trainer)
@@ -77,7 +79,6 @@ class FitLoop:
             progress.batch.reset_current()
             for counts in (progress.optimizer_step, progress.zero_grad, progress.scheduler):
                 counts.reset_current()
-            trainer.metrics.begin_epoch(training=True)
             progress.epoch.add("ready")
         if midway and self.stream_state is not None:
             self.stream.load_state_dict(self.stream_state)
@@ -135,7 +136,8 @@ class FitLoop:
         self.phase = Phase.BATCH_END
         trainer.call("on_train_batch_end", outputs, batch, batch_idx)
         progress.batch.add("completed")
-        trainer.reports.step()
+        trainer.metrics.end_batch()
+        trainer.reports.step(self.accumulating)
         return False
 
     def _finish_batch(self) -> None:
@@ -176,7 +178,7 @@ class FitLoop:
         trainer = self.trainer
         self.progress.epoch.add("processed")
         self.phase = Phase.EPOCH_END
-        trainer.metrics.end_epoch()  # the callbacks of this hook watch the epoch's values, the schedulers too
+        trainer.metrics.end_steps()  # the callbacks of this hook watch the epoch's values, the schedulers too
         trainer.call("on_train_epoch_end", monitors_last=True)
 
     def _close_epoch(self) -> None:

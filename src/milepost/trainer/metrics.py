@@ -1,8 +1,8 @@
-"""What ``self.log`` records: values of a step, and means over an epoch that a resumed run continues."""
+"""What ``self.log`` records: values of a step, and reductions over an epoch that a resumed run continues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,265 +12,378 @@ from torchmetrics import Metric
 from milepost.errors import MisconfigurationException
 from milepost.trainer.transfer import map_tensors
 
-_FORBIDDEN = frozenset(
-    {"setup", "teardown", "on_fit_start", "on_fit_end", "on_train_end", "on_validation_end", "on_test_end"}
+_STEP_HOOKS = frozenset(
+    {
+        "training_step", "on_train_batch_start", "on_train_batch_end", "on_before_backward", "backward",
+        "on_after_backward", "on_before_optimizer_step", "optimizer_step", "configure_gradient_clipping",
+        "on_before_zero_grad", "optimizer_zero_grad",
+    }
+)  # fmt: skip
+_EVALUATION_HOOKS = frozenset(
+    name
+    for stage in ("validation", "test")
+    for name in (f"{stage}_step", f"on_{stage}_batch_start", f"on_{stage}_batch_end")
+)
+_EPOCH_HOOKS = frozenset(
+    name
+    for stage in ("train", "validation", "test")
+    for name in (f"on_{stage}_start", f"on_{stage}_epoch_start", f"on_{stage}_epoch_end")
 )
 _REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.add,
     "min": torch.minimum,
     "max": torch.maximum,
 }
+_REDUCTION_NAMES = {
+    torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", sum: "sum", min: "min", max: "max",
+    "mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max",
+}  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
+class LogOptions:
+    """How one value is recorded: the arguments of ``self.log`` that belong to the key."""
+
+    on_step: bool | None = None
+    on_epoch: bool | None = None
+    prog_bar: bool = False
+    logger: bool = True
+    reduce_fx: Any = "mean"
+    enable_graph: bool = False
+    add_dataloader_idx: bool = True
+    metric_attribute: str | None = None
+
+
+@dataclass(slots=True)
 class _Entry:
-    """One logged key of the running epoch."""
+    """One key of the running epoch, as logged in one hook for one loader."""
 
-    key: str
+    name: str
+    suffix: str  # tells the loaders of an evaluation apart
+    loader: int | None
     on_step: bool
     on_epoch: bool
     prog_bar: bool
     logger: bool
-    reduction: str | Callable[[torch.Tensor], torch.Tensor]
+    reduction: str
+    attribute: str | None = None
+    options: LogOptions | None = None
     value: torch.Tensor | None = None  # of the last step
     total: torch.Tensor | None = None  # running reduction
-    weight: float = 0.0
-    history: list[torch.Tensor] | None = None  # only for a reduction that is a function of all values
+    weight: int = 0
     metric: Metric | None = None
+    step: int = 0  # global_step when it was logged last
 
     def add(self, value: torch.Tensor, batch_size: Callable[[], int]) -> None:
         self.value = value
         if not self.on_epoch:
             return
-        if callable(self.reduction):
-            self.history = [*(self.history or []), value]
-        elif self.reduction == "mean":
+        if self.reduction == "mean":
             size = batch_size()
-            weighted = value * size if value.is_floating_point() else value.float() * size
-            self.total = weighted if self.total is None else self.total + weighted
+            self.total = value * size if self.total is None else self.total + value * size
             self.weight += size
         else:
             self.total = value if self.total is None else _REDUCTIONS[self.reduction](self.total, value)
 
-    def epoch_value(self) -> torch.Tensor | None:
+    def shown_value(self, in_batch: bool) -> torch.Tensor | None:
+        """The value of the step, or the epoch's so far; None where that is not recorded."""
+        if in_batch:
+            return self.value if self.on_step else None
+        if not self.on_epoch:
+            return None
         if self.metric is not None:
-            return torch.as_tensor(self.metric.compute()).detach()
-        if callable(self.reduction):
-            return self.reduction(torch.stack(self.history)) if self.history else None
+            computed = self.metric.compute()
+            if not isinstance(computed, torch.Tensor):
+                raise ValueError(
+                    f"self.log({self.name!r}, ...): {type(self.metric).__name__}.compute() returned {computed!r}, which"
+                    " is no tensor. Log its parts one by one."
+                )
+            return computed.detach()
         if self.total is None:
             return None
         return self.total / self.weight if self.reduction == "mean" else self.total
+
+    def shown_name(self, in_batch: bool) -> str:
+        forked = self.on_step and self.on_epoch
+        return self.name + (("_step" if in_batch else "_epoch") if forked else "") + self.suffix
 
 
 class EpochMetrics:
     """The entries of one training or evaluation epoch."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[str, str], _Entry] = {}
+        self.entries: dict[tuple[str, str, str], _Entry] = {}
+        self.in_batch = False  # whether the present values are those of a step
+        self.loader: int | None = None  # of the running evaluation, where there are several
 
-    def names(self, entry: _Entry) -> tuple[str, str]:
-        forked = entry.on_step and entry.on_epoch
-        return (f"{entry.key}_step", f"{entry.key}_epoch") if forked else (entry.key, entry.key)
+    def shown(self, in_batch: bool) -> Iterator[tuple[_Entry, str, torch.Tensor]]:
+        """Entry, name and value of all that is to be seen now."""
+        for entry in self.entries.values():
+            if entry.loader == self.loader and (value := entry.shown_value(in_batch)) is not None:
+                yield entry, entry.shown_name(in_batch), value
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The running reductions, as plain values and tensors. Functions and metrics are found again by name."""
+        """The running reductions and the states of torchmetrics objects, as plain values and tensors."""
         return [
             {
-                "hook": hook, "key": e.key, "on_step": e.on_step, "on_epoch": e.on_epoch, "prog_bar": e.prog_bar,
+                "hook": hook, "key": e.name, "on_step": e.on_step, "on_epoch": e.on_epoch, "prog_bar": e.prog_bar,
                 "logger": e.logger, "reduction": e.reduction, "total": e.total, "weight": e.weight, "value": e.value,
+                "step": e.step, "attribute": e.attribute, "metric": _metric_state(e.metric),
             }
-            for (hook, _), e in self.entries.items()
-            if e.metric is None and isinstance(e.reduction, str)
+            for (hook, _, _), e in self.entries.items()
+            if e.metric is None or e.attribute is not None
         ]  # fmt: skip
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]], module: torch.nn.Module) -> None:
         for item in state:
             fields = dict(item)
-            hook = fields.pop("hook")
-            self.entries[(hook, fields["key"])] = _Entry(**fields)
+            hook, name, metric = fields.pop("hook"), fields.pop("key"), fields.pop("metric", None)
+            entry = _Entry(name=name, suffix="", loader=None, **fields)
+            if metric is not None:
+                entry.metric = _restored_metric(module, entry.attribute or "", metric)
+            self.entries[(hook, name, "")] = entry
 
 
 class Metrics:
-    """The three views that users read, and the epochs that feed them."""
+    """The three views that users read, and the epochs that feed them.
+
+    The views are brought up to date when they are read: inside a batch with the values of that step, elsewhere with
+    those of the epoch so far. What an earlier epoch left in them stays until it is logged again.
+    """
 
     def __init__(self, step: Callable[[], int]) -> None:
         self._step = step
-        self.callback: dict[str, torch.Tensor] = {}
-        self.logged: dict[str, torch.Tensor] = {}
-        self.progress_bar: dict[str, float] = {}
-        self.steps: dict[str, int] = {}
+        self._callback: dict[str, torch.Tensor] = {}
+        self._logged: dict[str, torch.Tensor] = {}
+        self._progress_bar: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
         self.training = EpochMetrics()
-        self.evaluation = EpochMetrics()
         self.current: EpochMetrics = self.training
+        self._stale = False
         self._batch: Any = None
         self._batch_size: int | None = None
-        self._suffix = ""
-        self._touched: list[_Entry] = []
 
-    def begin_epoch(self, training: bool) -> None:
-        self.current = EpochMetrics()
-        if training:
-            self.training = self.current
-        else:
-            self.evaluation = self.current
-        self._touched = []
+    # ---- the views -----------------------------------------------------------------------------------------------
 
-    def begin_batch(self, batch: Any, suffix: str = "") -> None:
-        self._batch, self._batch_size, self._suffix = batch, None, suffix
-        self._touched = []
+    @property
+    def callback(self) -> dict[str, torch.Tensor]:
+        self._refresh()
+        return self._callback
+
+    @property
+    def logged(self) -> dict[str, torch.Tensor]:
+        self._refresh()
+        return self._logged
+
+    @property
+    def progress_bar(self) -> dict[str, float]:
+        self._refresh()
+        return self._progress_bar
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """For each key of `callback`, the ``global_step`` at which it was last logged."""
+        self._refresh()
+        return self._steps
+
+    def _refresh(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        epoch = self.current
+        for entry, name, value in epoch.shown(epoch.in_batch):
+            if entry.logger:
+                self._logged[name] = value
+            if epoch is self.training or not epoch.in_batch:
+                step = entry.step if epoch.in_batch else self._step()
+                for key in (entry.name + entry.suffix, name):
+                    self._callback[key], self._steps[key] = value, step
+            if entry.prog_bar:
+                self._progress_bar[name] = float(value)
+
+    def clear(self) -> None:
+        """Forget what a sanity check has shown."""
+        for view in (self._callback, self._logged, self._progress_bar, self._steps):
+            view.clear()
+        self._stale = False
+
+    # ---- the course of a run -------------------------------------------------------------------------------------
+
+    def begin_training_epoch(self) -> None:
+        self._refresh()
+        self.training = self.current = EpochMetrics()
+
+    def begin_evaluation(self) -> EpochMetrics:
+        """Start the epoch of an evaluation. Returns the one that it interrupts, for `end_evaluation`."""
+        self._refresh()
+        interrupted, self.current = self.current, EpochMetrics()
+        return interrupted
+
+    def end_evaluation(self, interrupted: EpochMetrics) -> None:
+        self._refresh()
+        self._reset_metric_objects()
+        self.current = interrupted
+
+    def begin_batch(self, batch: Any, loader: int | None = None) -> None:
+        self._batch, self._batch_size = batch, None
+        self.current.in_batch, self.current.loader = True, loader
+
+    def end_batch(self) -> None:
+        """The batch is not needed any more."""
+        self._batch, self._batch_size = None, None
+
+    def end_loader(self, loader: int | None = None) -> dict[str, torch.Tensor]:
+        """Go from steps to the epoch, for the loader just read. Returns the values for loggers and results.
+
+        `loader` is the one that the views are about from now on.
+        """
+        self.end_steps()
+        values = self.epoch_values()
+        self._refresh()
+        self.current.loader = loader
+        return values
+
+    def end_steps(self) -> None:
+        """From now on the views show the values of the epoch."""
+        self._refresh()
+        self.current.in_batch = False
+        self._stale = True
+
+    def end_training_epoch(self) -> None:
+        """All was reported: the next epoch starts from nothing."""
+        self._refresh()
+        self._reset_metric_objects()
+        self.training = self.current = EpochMetrics()
+
+    def step_values(self) -> dict[str, torch.Tensor]:
+        """What the loggers get for the batch just run: the last step's value of every key, also if older than that."""
+        return {name: value for entry, name, value in self.current.shown(in_batch=True) if entry.logger}
+
+    def epoch_values(self) -> dict[str, torch.Tensor]:
+        """What the loggers get for the epoch."""
+        return {name: value for entry, name, value in self.current.shown(in_batch=False) if entry.logger}
+
+    def _reset_metric_objects(self) -> None:
+        for entry in self.current.entries.values():
+            if entry.metric is not None:
+                entry.metric.reset()
+
+    def of_training_step(self, key: str) -> bool:
+        """Whether `key` shows a value that the training step logs for each step."""
+        return any(
+            entry.on_step and key in (entry.name, entry.shown_name(in_batch=True))
+            for entry in self.training.entries.values()
+        )
+
+    # ---- one call of self.log ------------------------------------------------------------------------------------
 
     def record(
-        self,
-        hook: str,
-        name: str,
-        value: Any,
-        *,
-        prog_bar: bool,
-        logger: bool,
-        on_step: bool | None,
-        on_epoch: bool | None,
-        reduce_fx: Any,
-        enable_graph: bool,
-        add_dataloader_idx: bool,
-        batch_size: int | None,
+        self, hook: str, name: str, value: Any, options: LogOptions, batch_size: int | None, module: torch.nn.Module
     ) -> None:
-        """Take one ``self.log`` call made inside `hook`."""
-        key = name + self._suffix if add_dataloader_idx else name
-        entry = self.current.entries.get((hook, key))
+        """Take one ``self.log`` call of `module` made inside `hook`."""
+        loader = self.current.loader
+        suffix = f"/dataloader_idx_{loader}" if options.add_dataloader_idx and loader is not None else ""
+        entry = self.current.entries.get((hook, name, suffix))
         if entry is None:
-            entry = self._new_entry(hook, key, on_step, on_epoch, reduce_fx, prog_bar, logger)
+            entry = self.current.entries[(hook, name, suffix)] = _new_entry(hook, name, suffix, loader, options)
+        elif (entry.options is not None and entry.options != options) or entry.loader != loader:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) was called twice in `{hook}` with different arguments, or for two loaders"
+                " with add_dataloader_idx=False: give each its own name."
+            )
+        entry.options = options
         if isinstance(value, Metric):
-            entry.metric = value
+            if entry.metric is not value:
+                entry.metric, entry.attribute = value, options.metric_attribute or _attribute_of(module, value)
             last = getattr(value, "_forward_cache", None)
-            entry.value = None if last is None else torch.as_tensor(last).detach()
-        elif isinstance(value, Mapping):
-            raise ValueError(
-                f"self.log({name!r}, ...) got a {type(value).__name__}: use self.log_dict for several values."
-            )
+            entry.value = last.detach() if isinstance(last, torch.Tensor) else None
         else:
-            entry.add(_scalar(name, value, enable_graph), (lambda: batch_size) if batch_size else self._size_of_batch)
-        self._touched.append(entry)
-        if entry.on_step and entry.value is not None:
-            self._publish_step(entry)
-
-    def _new_entry(
-        self,
-        hook: str,
-        key: str,
-        on_step: bool | None,
-        on_epoch: bool | None,
-        reduce_fx: Any,
-        prog_bar: bool,
-        logger: bool,
-    ) -> _Entry:
-        if hook in _FORBIDDEN:
-            raise MisconfigurationException(
-                f"self.log({key!r}, ...) inside `{hook}`: values cannot be logged there. Log in a step or an epoch"
-                " hook."
-            )
-        per_batch = hook == "training_step" or "train_batch" in hook or hook in _BACKWARD
-        epoch_hook = not per_batch and "batch" not in hook and not hook.endswith("_step")
-        if not callable(reduce_fx) and reduce_fx not in ("mean", *_REDUCTIONS):
-            raise MisconfigurationException(
-                f"self.log({key!r}, reduce_fx={reduce_fx!r}): use 'mean', 'sum', 'min', 'max' or a function."
-            )
-        if epoch_hook and on_step:
-            raise MisconfigurationException(
-                f"self.log({key!r}, on_step=True) inside `{hook}`, which is no batch hook: use on_epoch=True."
-            )
-        entry = _Entry(
-            key=key,
-            on_step=per_batch if on_step is None else on_step,
-            on_epoch=not per_batch if on_epoch is None else on_epoch,
-            prog_bar=prog_bar,
-            logger=logger,
-            reduction=reduce_fx,
-        )
-        if not entry.on_step and not entry.on_epoch:
-            raise MisconfigurationException(
-                f"self.log({key!r}, on_step=False, on_epoch=False) records nothing: set one of them."
-            )
-        self.current.entries[(hook, key)] = entry
-        return entry
+            size: Callable[[], int] = (lambda: batch_size) if batch_size is not None else self._size_of_batch
+            entry.add(_scalar(name, value, options.enable_graph), size)
+        entry.step = self._step()
+        self._stale = True
 
     def _size_of_batch(self) -> int:
         if self._batch_size is None:
             self._batch_size = _first_length(self._batch)
         return self._batch_size
 
-    def _publish_step(self, entry: _Entry) -> None:
-        assert entry.value is not None
-        forked, _ = self.current.names(entry)
-        for key in {entry.key, forked}:
-            self.callback[key] = entry.value
-            self.steps[key] = self._step()
-        if entry.prog_bar:
-            self.progress_bar[forked] = float(entry.value)
-
-    def step_values(self) -> dict[str, torch.Tensor]:
-        """What the loggers get for the batch just run."""
-        return {
-            self.current.names(e)[0]: e.value for e in self._touched if e.logger and e.on_step and e.value is not None
-        }
-
-    def end_epoch(self) -> dict[str, torch.Tensor]:
-        """Reduce the epoch, publish it, and return what the loggers get."""
-        to_log: dict[str, torch.Tensor] = {}
-        for entry in self.current.entries.values():
-            if not entry.on_epoch or (value := entry.epoch_value()) is None:
-                continue
-            _, name = self.current.names(entry)
-            for key in {entry.key, name}:
-                self.callback[key] = value
-                self.steps[key] = self._step()
-            if entry.prog_bar:
-                self.progress_bar[name] = float(value)
-            if entry.logger:
-                to_log[name] = value
-        return to_log
-
-    def reset_metric_objects(self) -> None:
-        for entry in self.current.entries.values():
-            if entry.metric is not None:
-                entry.metric.reset()
-
-    def evaluation_results(self) -> dict[str, float]:
-        """Epoch values of the evaluation epoch, by logged name."""
-        results: dict[str, float] = {}
-        for entry in self.evaluation.entries.values():
-            if entry.on_epoch and (value := entry.epoch_value()) is not None:
-                results[self.evaluation.names(entry)[1]] = float(value)
-        return results
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.training.state_dict(),
+            "in_batch": self.training.in_batch,
             "callback": dict(self.callback),
+            "logged": dict(self.logged),
             "progress_bar": dict(self.progress_bar),
             "steps": dict(self.steps),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.training.load_state_dict(state["epoch"])
-        self.callback.update(state["callback"])
-        self.progress_bar.update(state["progress_bar"])
-        self.steps.update(state["steps"])
+    def load_state_dict(self, state: dict[str, Any], module: torch.nn.Module) -> None:
+        """Go on with the epoch of `state`; `module` holds the torchmetrics objects."""
+        self.training = self.current = EpochMetrics()
+        self.training.load_state_dict(state["epoch"], module)
+        self.training.in_batch = bool(state.get("in_batch", False))
+        self._callback.update(state["callback"])
+        self._logged.update(state.get("logged", {}))
+        self._progress_bar.update(state["progress_bar"])
+        self._steps.update(state["steps"])
 
 
-_BACKWARD = frozenset(
-    {"on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "optimizer_step"}
-)
+def _new_entry(hook: str, name: str, suffix: str, loader: int | None, options: LogOptions) -> _Entry:
+    per_step = hook in _STEP_HOOKS
+    if not (per_step or hook in _EVALUATION_HOOKS or hook in _EPOCH_HOOKS):
+        raise MisconfigurationException(
+            f"self.log({name!r}, ...) inside `{hook}`: values cannot be logged there. Log in a step or an epoch hook."
+        )
+    if options.add_dataloader_idx and "/dataloader_idx_" in name:
+        raise MisconfigurationException(
+            f"self.log({name!r}, ...): the loader's number is added to the name. Leave it out, or pass"
+            " add_dataloader_idx=False."
+        )
+    on_step = per_step if options.on_step is None else options.on_step
+    on_epoch = not per_step if options.on_epoch is None else options.on_epoch
+    if hook in _EPOCH_HOOKS and (on_step or not on_epoch):
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) inside `{hook}`, which is no batch hook: only"
+            " on_epoch=True is to be had there."
+        )
+    if not on_step and not on_epoch:
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step=False, on_epoch=False) records nothing: set one of them."
+        )
+    given = options.reduce_fx
+    reduction = _REDUCTION_NAMES.get(given.lower() if isinstance(given, str) else given)
+    if reduction is None:
+        raise MisconfigurationException(
+            f"self.log({name!r}, reduce_fx={given!r}): use 'mean', 'sum', 'min' or 'max', or log a torchmetrics Metric,"
+            " which reduces as it likes."
+        )
+    return _Entry(name, suffix, loader, on_step, on_epoch, options.prog_bar, options.logger, reduction)
 
 
 def _scalar(name: str, value: Any, enable_graph: bool) -> torch.Tensor:
-    tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
+    """`value` as a floating-point number that nobody else changes; half precision is too coarse to add up."""
+    default = torch.get_default_dtype()
+    wide = default if default in (torch.float32, torch.float64) else torch.float32
+    if isinstance(value, torch.Tensor):
+        # cloned: the caller may change it in place (a running total) while the epoch's value is kept here
+        tensor = value if enable_graph else value.detach().clone()
+        if tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.to(wide)
+    elif isinstance(value, (str, bytes, Mapping)) or value is None:
+        raise ValueError(
+            f"self.log({name!r}, ...) got {value!r}: it takes a number, a scalar tensor or a torchmetrics Metric. For"
+            " several values there is self.log_dict."
+        )
+    else:
+        tensor = torch.as_tensor(value, dtype=wide)
     if tensor.numel() != 1:
         raise ValueError(
             f"self.log({name!r}, ...) takes one number; got a tensor of shape {tuple(tensor.shape)}. Reduce it first."
         )
-    tensor = tensor.reshape(())
-    # cloned: the caller may change it in place (a running total) while the epoch's value is kept here
-    return tensor if enable_graph else tensor.detach().clone()
+    return tensor.reshape(()) if tensor.ndim else tensor
 
 
 def _first_length(batch: Any) -> int:
@@ -282,3 +395,27 @@ def _first_length(batch: Any) -> int:
 
     map_tensors(batch, note)
     return found[0] if found else 1
+
+
+def _attribute_of(module: torch.nn.Module, metric: Metric) -> str | None:
+    """Where in `module` `metric` hangs, so that a checkpoint can hold its state; None where it does not."""
+    return next((name for name, part in module.named_modules() if part is metric), None)
+
+
+def _metric_state(metric: Metric | None) -> dict[str, Any] | None:
+    if metric is None:
+        return None
+    return {"update_count": metric.update_count, "values": dict(metric.metric_state)}
+
+
+def _restored_metric(module: torch.nn.Module, attribute: str, state: dict[str, Any]) -> Metric | None:
+    try:
+        metric = module.get_submodule(attribute)
+    except AttributeError:
+        return None
+    if not isinstance(metric, Metric):
+        return None
+    for name, value in state["values"].items():
+        setattr(metric, name, value)
+    metric._update_count = state["update_count"]
+    return metric

@@ -11,10 +11,12 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torchmetrics import MetricCollection
 
 from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer.hparams import Hyperparameters, instantiate
+from milepost.trainer.metrics import LogOptions
 from milepost.trainer.state import read_checkpoint, without_compile_prefix
 
 if TYPE_CHECKING:
@@ -172,28 +174,32 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
                 both are recorded.
             on_step: record this batch's value. Default: True in the training step.
             on_epoch: record the epoch's reduction. Default: True in validation and test.
-            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"``, ``"max"``, or a function of a tensor.
+            reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"`` or ``"max"``.
             batch_size: weight of the mean; read off the batch where it is not given.
         """
         if self._trainer is None or self._current_hook is None:
             return  # not in a run: a step called by hand from a test or a notebook logs nothing
-        self._trainer.metrics.record(
-            self._current_hook,
-            name,
-            value,
-            prog_bar=prog_bar,
-            logger=True if logger is None else logger,
-            on_step=on_step,
-            on_epoch=on_epoch,
-            reduce_fx=reduce_fx,
-            enable_graph=enable_graph,
-            add_dataloader_idx=add_dataloader_idx,
-            batch_size=batch_size,
+        if self._trainer.barebones:
+            self._trainer.warn_once("self.log does nothing under Trainer(barebones=True), which measures raw speed.")
+            return
+        options = LogOptions(
+            on_step,
+            on_epoch,
+            prog_bar,
+            True if logger is None else logger,
+            reduce_fx,
+            enable_graph,
+            add_dataloader_idx,
+            metric_attribute,
         )
+        self._trainer.metrics.record(self._current_hook, name, value, options, batch_size, self)
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+    def log_dict(self, dictionary: Mapping[str, Any] | MetricCollection, **options: Any) -> None:
         """`log` each item of `dictionary` (a torchmetrics MetricCollection too) with the same `options`."""
-        for name, value in dictionary.items():
+        items: Any = dictionary.items()
+        if isinstance(dictionary, MetricCollection):
+            items = dictionary.items(keep_base=False, copy_state=not dictionary._enable_compute_groups)
+        for name, value in items:
             self.log(name, value, **options)
 
     # ---- optimization --------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from milepost.errors import MisconfigurationException
 from milepost.trainer.progress import FitProgress
 
 if TYPE_CHECKING:
+    from milepost.trainer.module import Module
     from milepost.trainer.trainer import Trainer
 
 
@@ -92,13 +94,31 @@ def require_monitors(configs: list[SchedulerConfig]) -> None:
 class Stepper:
     """What ``self.optimizers()`` and the hook `optimizer_step` give the user: an optimizer whose steps are counted."""
 
-    def __init__(self, optimizer: Optimizer, step: Callable[[Optimizer, Any], Any]) -> None:
+    def __init__(self, optimizer: Optimizer, module: Module, step: Callable[..., Any]) -> None:
         self.optimizer = optimizer
+        self._module = module
         self._step = step
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The optimizer's: ``isinstance(self.optimizers(), torch.optim.SGD)`` holds."""
+        return type(self.optimizer)
+
     def step(self, closure: Any = None, **kwargs: Any) -> Any:
-        """Step through the precision plugin; counts as one ``global_step``."""
-        return self._step(self.optimizer, closure)
+        """Step through the precision plugin; counts as one ``global_step``. `kwargs` go to the optimizer's `step`.
+
+        Raises:
+            MisconfigurationException: `closure` cannot be called.
+        """
+        if closure is not None and not callable(closure):
+            raise MisconfigurationException(f"optimizer.step(closure={closure!r}): give a function, or leave it out.")
+        return self._step(self.optimizer, closure, **kwargs)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Only this optimizer's parameters require gradients inside. `sync_grad` matters to several ranks only."""
+        with self._module.toggled_optimizer(self.optimizer):
+            yield
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
@@ -116,14 +136,14 @@ class Optimization:
     def attach(self, optimizers: list[Optimizer]) -> None:
         module = self._trainer.lightning_module
         step = self._precise_step if module.automatic_optimization else self._manual_step
-        self.steppers = [Stepper(optimizer, step) for optimizer in optimizers]
+        self.steppers = [Stepper(optimizer, module, step) for optimizer in optimizers]
 
     def run_batch(self, batch: Any, batch_idx: int, accumulating: bool) -> Any:
         """Run the training step and what follows from it. Returns what the batch-end hooks get as ``outputs``."""
         trainer = self._trainer
         module = trainer.lightning_module
         if not module.automatic_optimization:
-            return _output_dict(self._training_step(batch, batch_idx))
+            return _manual_output(self._training_step(batch, batch_idx))
         closure = self._closure(batch, batch_idx, accumulating)
         if accumulating or not self.steppers:
             with torch.enable_grad():
@@ -158,13 +178,16 @@ class Optimization:
         def closure() -> torch.Tensor | None:
             output = self._training_step(batch, batch_idx)
             loss = _loss_of(output)
-            self._last_output = _output_dict(output)
-            if loss is None:
-                return None
             if first:
-                self._zero_grad(batch_idx)
-            self.backward(loss / self._trainer.accumulate_grad_batches)
-            return loss.detach()
+                self._zero_grad(batch_idx)  # also where the batch is skipped: the step must not repeat the last one's
+            if loss is None:
+                self._last_output = {}
+                return None
+            loss = loss / self._trainer.accumulate_grad_batches
+            reported = loss.detach().clone()
+            self._last_output = {**(_detached(output) if isinstance(output, Mapping) else {}), "loss": reported}
+            self.backward(loss)
+            return reported
 
         return closure
 
@@ -184,13 +207,13 @@ class Optimization:
         trainer.lightning_module.backward(scaled, *args, **kwargs)
         trainer.call("on_after_backward")
 
-    def _manual_step(self, optimizer: Optimizer, closure: Any) -> Any:
+    def _manual_step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> Any:
         self._progress.manual_step.add("ready")
-        result = self._precise_step(optimizer, closure or (lambda: None), clip=False)
+        result = self._precise_step(optimizer, closure, clip=False, **kwargs)
         self._progress.manual_step.add("completed")
         return result
 
-    def _precise_step(self, optimizer: Optimizer, closure: Any, clip: bool = True) -> Any:
+    def _precise_step(self, optimizer: Optimizer, closure: Any, clip: bool = True, **kwargs: Any) -> Any:
         trainer = self._trainer
 
         def before_step() -> None:
@@ -201,7 +224,7 @@ class Optimization:
                         optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
                     )
 
-        return trainer.precision_plugin.step(optimizer, closure, before_step)
+        return trainer.precision_plugin.step(optimizer, closure or (lambda: None), before_step, **kwargs)
 
     def step_schedulers(self, interval: str, *, plateau: bool, index: int) -> None:
         """Move the schedulers that are due at `index` (counted from 1) of `interval`."""
@@ -226,7 +249,8 @@ class Optimization:
                     trainer.warn_once(message + " The learning rate is left as it is.")
                     continue
             self._progress.scheduler.add("ready")
-            trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
+            with trainer.in_hook("lr_scheduler_step"):
+                trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
             self._progress.scheduler.add("completed")
 
 
@@ -245,9 +269,17 @@ def _loss_of(output: Any) -> torch.Tensor | None:
     )
 
 
-def _output_dict(output: Any) -> Any:
+def _manual_output(output: Any) -> dict[str, Any]:
+    if output is None:
+        return {}
     if isinstance(output, torch.Tensor):
         return {"loss": output.detach()}
     if isinstance(output, Mapping):
-        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in output.items()}
-    return output
+        return _detached(output)
+    raise MisconfigurationException(
+        f"training_step returned {type(output).__name__}: in manual optimization return a tensor, a dict or nothing."
+    )
+
+
+def _detached(output: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in output.items()}

@@ -10,35 +10,36 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """Sends the values of a step or an epoch to all loggers. `trainer.logged_metrics` holds what was sent."""
+    """Sends the values of a step or an epoch to all loggers."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def step(self) -> None:
-        """After a training batch: every `log_every_n_steps` batches that stepped."""
+    def step(self, accumulating: bool) -> None:
+        """After a training batch: every `log_every_n_steps` batches that stepped, and at the last one."""
         trainer = self._trainer
-        if not trainer.log_every_n_steps or (trainer.logger_step + 1) % trainer.log_every_n_steps:
+        every = trainer.log_every_n_steps
+        if not every or (accumulating and trainer.lightning_module.automatic_optimization):
             return
-        values = trainer.metrics.step_values()
-        trainer.metrics.logged.update(values)
-        self.send(values, trainer.logger_step)
+        if (trainer.logger_step + 1) % every == 0 or trainer.should_stop or trainer.fast_dev_run:
+            self.send(trainer.metrics.step_values(), trainer.logger_step)
 
     def epoch(self, step: int) -> None:
         """After a training epoch."""
         metrics = self._trainer.metrics
-        values = metrics.end_epoch()
-        metrics.reset_metric_objects()
-        metrics.logged.update(values)
-        self.send(values, step)
+        self.send(metrics.epoch_values(), step)
+        metrics.end_training_epoch()
 
-    def send(self, values: dict[str, Any], step: int) -> None:
-        """Hand scalar `values` to the loggers, with the epoch."""
+    def send(self, values: dict[str, Any], step: int, *, with_epoch: bool = True) -> None:
+        """Hand scalar `values` to the loggers, with the epoch; a value logged as ``step`` takes the place of `step`."""
         loggers = self._trainer.loggers
         if not values or not loggers:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        numbers.setdefault("epoch", self._trainer.current_epoch)
+        if with_epoch and "step" in numbers:
+            step = int(numbers.pop("step"))
+        elif with_epoch:
+            numbers.setdefault("epoch", self._trainer.current_epoch)
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
 

@@ -72,11 +72,12 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.datamodule.prepare_data()
     model.prepare_data()
     _call_setup(trainer, fn)
-    trainer.call("configure_model")
+    with trainer.precision_plugin.init_context():
+        trainer.call("configure_model")
+    trainer.precision_plugin.convert_module(model)
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
         restore_model(trainer, checkpoint)
-    trainer.precision_plugin.convert_module(model)
     trainer.strategy.setup()
     if fn == "fit":
         _configure_optimizers(trainer, model)

@@ -185,7 +185,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def _restore_exactly(trainer: Trainer, exact: dict[str, Any]) -> None:
     loop = trainer.fit_loop
     trainer.data_seed = exact["data_seed"]
-    trainer.metrics.load_state_dict(exact["metrics"])
+    trainer.metrics.load_state_dict(exact["metrics"], trainer.lightning_module)
     if exact.get("interrupted_in_batch"):
         loop.progress.batch.forget_unfinished()
         trainer.warn_once(

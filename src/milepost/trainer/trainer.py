@@ -88,7 +88,16 @@ class Trainer(TrainerSurface):
         assembly.refuse_unsupported(
             num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry, profiler=profiler
         )
-        dev = int(fast_dev_run)
+        dev = defaults.dev_batches(fast_dev_run)
+        if dev:
+            val_check_interval, check_val_every_n_epoch = None, 1
+        if barebones:
+            assembly.refuse_with_barebones(
+                logger=logger, enable_checkpointing=enable_checkpointing, enable_progress_bar=enable_progress_bar,
+                enable_model_summary=enable_model_summary, log_every_n_steps=log_every_n_steps,
+                num_sanity_val_steps=num_sanity_val_steps, fast_dev_run=fast_dev_run, detect_anomaly=detect_anomaly,
+                profiler=profiler,
+            )  # fmt: skip
         plain = barebones or bool(dev)
         self.fast_dev_run = fast_dev_run
         self.barebones = barebones
@@ -126,7 +135,7 @@ class Trainer(TrainerSurface):
         self.strategy, self.precision_plugin, preemption = assembly.strategy_and_plugins(
             strategy, accelerator, devices, precision, plugins
         )
-        self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not plain)
+        self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not barebones, writing=not dev)
         self.callbacks = assembly.callbacks(
             callbacks,
             checkpointing=False if barebones and enable_checkpointing is None else enable_checkpointing,
@@ -265,8 +274,6 @@ class Trainer(TrainerSurface):
                     function(self, module, *args)
             own = getattr(module, hook, None)
             result = own(*args) if own is not None else None
-            if hook == "on_train_epoch_end":
-                self.metrics.end_epoch()  # with what this hook has logged
             for callback in late:
                 if (function := getattr(callback, hook, None)) is not None:
                     function(self, module, *args)
