@@ -10,6 +10,7 @@ from milepost.data.rng import isolated_rng, run_seed
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer import assembly
 from milepost.trainer.evaluation import check_step_signature
+from milepost.trainer.migration import migrate_checkpoint
 from milepost.trainer.module import Module
 from milepost.trainer.optimization import parse_optimizers, require_monitors
 from milepost.trainer.resume import resolve_ckpt_path
@@ -127,7 +128,7 @@ def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
             f" {trainer.ckpt_path!r}, which is no checkpoint: load_checkpoint must return the dict that"
             " save_checkpoint was given."
         )
-    return checkpoint
+    return migrate_checkpoint(checkpoint)
 
 
 def _fit(trainer: Trainer) -> None:

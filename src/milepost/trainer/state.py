@@ -15,13 +15,11 @@ from milepost.data.rng import RngState
 from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
-
-CONTRACT_VERSION = "2.6.6"
-"""Version of the checkpoint contract, stored where Lightning looks for its own."""
 
 _COMPILED = "_orig_mod."
 
@@ -32,11 +30,10 @@ def without_compile_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a `.ckpt` file of ours or Lightning's for `load_from_checkpoint`."""
-    checkpoint: dict[str, Any] = io_calls.load(
-        TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only
+    """Read a `.ckpt` file of ours or Lightning's, old ones too, for `load_from_checkpoint`."""
+    return migrate_checkpoint(
+        io_calls.load(TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only)
     )
-    return checkpoint
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
@@ -48,7 +45,7 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": CONTRACT_VERSION,
+        VERSION_KEY: CONTRACT_VERSION,
         "state_dict": without_compile_prefix(module.state_dict()),
         "loops": {
             "fit_loop": trainer.fit_loop.progress.state_dict(),
@@ -156,6 +153,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             "The checkpoint holds the model only (it was saved with save_weights_only=True), so training cannot go on"
             " from it. Load the weights with load_from_checkpoint and start a new fit."
         )
+    require_loops(checkpoint)
     precision = trainer.precision_plugin
     if precision.state_key in checkpoint:
         precision.load_state_dict(checkpoint[precision.state_key])
@@ -215,14 +213,7 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 f"{type(optimizer).__name__}: the checkpoint's parameter groups hold {saved} parameters, this run's"
                 f" {present}. Build the optimizer over the same parameters."
             )
-        expected, found = set(optimizer.param_groups[0]), set(state["param_groups"][0])
-        if missing := expected - found - {"initial_lr"}:
-            raise ResumeError(
-                f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was"
-                " saved by another class of optimizer. Use that one, or load the weights alone with"
-                " load_from_checkpoint."
-            )
-        optimizer.load_state_dict(state)
+        _load_optimizer(optimizer, state)
         _keep_saved_dtypes(optimizer, state)
     schedulers = checkpoint.get("lr_schedulers", [])
     if len(schedulers) != len(trainer.lr_scheduler_configs):
@@ -232,6 +223,23 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
     for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
         config.scheduler.load_state_dict(state)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load, where torch fills in the options that are younger than the file, and check that nothing is missing."""
+    expected = set(optimizer.param_groups[0])
+    cause: KeyError | None = None
+    try:
+        optimizer.load_state_dict(state)
+        missing = expected - set(optimizer.param_groups[0]) - {"initial_lr"}
+    except KeyError as error:
+        missing, cause = {error.args[0]}, error
+    if missing:
+        raise ResumeError(
+            f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was"
+            " saved by another class of optimizer. Use that one, or load the weights alone with"
+            " load_from_checkpoint."
+        ) from cause
 
 
 def _keep_saved_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
