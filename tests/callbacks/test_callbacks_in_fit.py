@@ -118,7 +118,7 @@ def test_metrics_learning_rates_and_times_are_written(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len([r for r in rows if r["loss"]]) == 6 and len([r for r in rows if r["val"]]) == 2
     assert [float(r["lr-Adam"]) for r in rows if r["lr-Adam"]] == [0.05, 0.05 * 0.1]
-    assert len(profiler.recorded_durations["training_step"]) == 12
+    assert len(profiler.recorded_durations["run_training_batch"]) == 12
 
 
 class Writer(BasePredictionWriter):

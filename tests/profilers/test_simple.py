@@ -11,7 +11,7 @@ from milepost.profilers import PassThroughProfiler, SimpleProfiler
 
 
 def test_times_are_summed_and_reported(tmp_path: Path) -> None:
-    ticks = iter([0.0, 1.0, 1.0, 4.0, 4.0, 4.5])
+    ticks = iter([0.0, 0.0, 1.0, 1.0, 4.0, 4.0, 4.5, 5.0])
     profiler = SimpleProfiler(tmp_path, "report", clock=lambda: next(ticks))
     for action in ("step", "step", "save"):
         with profiler.profile(action):
@@ -19,7 +19,16 @@ def test_times_are_summed_and_reported(tmp_path: Path) -> None:
     assert profiler.recorded_durations == {"step": [1.0, 3.0], "save": [0.5]}
     profiler.describe()
     lines = (tmp_path / "report.txt").read_text().splitlines()
-    assert [line.split() for line in lines[1:]] == [["step", "2", "2", "4"], ["save", "0.5", "1", "0.5"]]
+    assert [line.split() for line in lines if line[0] in "sT"] == [
+        ["Total", "-", "3", "5", "100"], ["step", "2", "2", "4", "80.00"], ["save", "0.5", "1", "0.5", "10.00"],
+    ]  # fmt: skip
+
+
+def test_the_short_form_has_no_counts() -> None:
+    profiler = SimpleProfiler(extended=False)
+    with profiler.profile("step"):
+        pass
+    assert "Mean duration" in profiler.summary() and "Num calls" not in profiler.summary()
 
 
 def test_a_block_that_raises_is_recorded() -> None:

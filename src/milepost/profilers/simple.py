@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from milepost import _distributed
 from milepost.errors import MisconfigurationException
 from milepost.profilers.profiler import Profiler
 
@@ -15,11 +13,13 @@ from milepost.profilers.profiler import Profiler
 class SimpleProfiler(Profiler):
     """Sums up how often each action ran and how long it took, by the wall clock.
 
-    Work that was only queued on an accelerator is counted where the run waits for it.
+    Work that was only queued on an accelerator is counted where the run waits for it. The time of an action holds that
+    of the actions inside it, so the percentages do not add up to 100.
 
     Args:
-        dirpath: folder of the report; the working directory if only `filename` is given.
-        filename: the report goes to ``filename.txt``; printed if None.
+        dirpath: folder of the report; the run's ``trainer.log_dir`` if None.
+        filename: the report goes to ``STAGE-filename.txt``; printed if None.
+        extended: report calls and percentages too.
         clock: seconds, from any origin.
     """
 
@@ -27,14 +27,23 @@ class SimpleProfiler(Profiler):
         self,
         dirpath: str | os.PathLike[str] | None = None,
         filename: str | None = None,
+        extended: bool = True,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.dirpath = dirpath
-        self.filename = filename
+        super().__init__(dirpath, filename)
+        self.extended = extended
         self._clock = clock
+        self._begin()
+
+    def _begin(self) -> None:
         self._running: dict[str, float] = {}
         self.recorded_durations: dict[str, list[float]] = {}
+        self._begun = self._clock()
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | os.PathLike[str] | None = None) -> None:
+        super().setup(stage, local_rank, log_dir)
+        self._begin()
 
     def start(self, action_name: str) -> None:
         """Raises MisconfigurationException if the action already runs."""
@@ -51,21 +60,24 @@ class SimpleProfiler(Profiler):
 
     def summary(self) -> str:
         """A table of the actions, longest total first, times in seconds."""
-        rows = sorted(self.recorded_durations.items(), key=lambda item: -sum(item[1]))
-        width = max((len(name) for name, _ in rows), default=6)
-        lines = [f"{'Action':<{width}}  {'Mean (s)':>12}  {'Calls':>8}  {'Total (s)':>12}"]
-        for name, seconds in rows:
+        whole = self._clock() - self._begun
+        rows: list[tuple[str, ...]] = [("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")]
+        calls = sum(map(len, self.recorded_durations.values()))
+        rows.append(("Total", "-", str(calls), f"{whole:.5g}", "100"))
+        for name, seconds in sorted(self.recorded_durations.items(), key=lambda item: -sum(item[1])):
             total = sum(seconds)
-            lines.append(f"{name:<{width}}  {total / len(seconds):>12.5g}  {len(seconds):>8}  {total:>12.5g}")
-        return "\n".join(lines) + "\n"
+            share = f"{100 * total / whole:.2f}" if whole else "-"
+            rows.append((name, f"{total / len(seconds):.5g}", str(len(seconds)), f"{total:.5g}", share))
+        if not self.extended:
+            rows = [(row[0], row[1], row[3]) for row in rows]
+        return self._title() + _table(rows)
 
-    def describe(self) -> None:
-        """Print the summary or write it to the file, on rank 0."""
-        if _distributed.rank() != 0:
-            return
-        if self.filename is None:
-            print(self.summary())
-            return
-        directory = Path(self.dirpath or ".")
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{self.filename}.txt").write_text(self.summary())
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([rule, lines[0], rule, *lines[1:], rule]) + "\n"

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milepost import _optional
+from milepost import _optional, profilers
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.preemption import Preemption
 from milepost.precision.precision import Precision, make_precision
+from milepost.profilers.profiler import PassThroughProfiler
 from milepost.strategies.single_device import SingleDeviceStrategy
 from milepost.strategies.strategy import Strategy
 from milepost.trainer import defaults
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
 
 
-def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: str | None, profiler: Any) -> None:
+def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: str | None) -> None:
     """Arguments of Lightning's Trainer that this version does not have say so, with the remedy."""
     if num_nodes != 1:
         raise defaults.refuse("num_nodes", num_nodes, "this version trains on one device. Leave it at 1.")
@@ -34,12 +35,23 @@ def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: 
         raise defaults.refuse("sync_batchnorm", sync_batchnorm, "it matters for several ranks only. Leave it at False.")
     if model_registry is not None:
         raise defaults.refuse("model_registry", model_registry, "there is no model registry. Give ckpt_path a path.")
-    if profiler is not None and not hasattr(profiler, "profile"):
+
+
+def profiler(given: Any) -> Any:
+    """The profiler for the ``profiler`` argument: an object, or one of Milepost's by its name."""
+    named = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
+    if given is None:
+        return PassThroughProfiler()
+    if isinstance(given, str) and given in named:
+        return getattr(profilers, named[given])()
+    if isinstance(given, str) or not hasattr(given, "profile"):
         raise defaults.refuse(
             "profiler",
-            profiler,
-            "give an object with a `profile(name)` context manager, such as one of milepost.profilers.",
+            given,
+            f"give one of {sorted(named)}, or an object with a `profile(name)` context manager, such as one of"
+            " milepost.profilers.",
         )
+    return given
 
 
 def refuse_with_barebones(**given: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +88,7 @@ class EvaluationLoop:
         reading = 0
         # the data's own randomness never moves the model's: validating or not leaves training bit-identical
         stream.begin(trainer.current_epoch)
-        for batch, batch_idx, dataloader_idx in stream:
+        for batch, batch_idx, dataloader_idx in self._fetched(stream):
             if max_batches is not None and batch_idx >= max_batches:
                 if dataloader_idx == len(self.num_batches) - 1:
                     break
@@ -101,6 +102,15 @@ class EvaluationLoop:
         values[reading] = trainer.metrics.end_loader()
         return values
 
+    def _fetched(self, stream: BatchStream) -> Iterator[tuple[Any, int, int]]:
+        end = object()
+        while True:
+            with self.trainer.profile(f"[EvaluationLoop].{_PREFIX[self.stage]}_next"):
+                item: Any = next(stream, end)
+            if item is end:
+                return
+            yield item
+
     def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool) -> None:
         trainer, stage = self.trainer, self.stage
         batch = trainer.to_device(batch, dataloader_idx)
@@ -110,7 +120,7 @@ class EvaluationLoop:
         with (
             trainer.precision_plugin.forward_context(),
             trainer.in_hook(f"{stage}_step"),
-            trainer.profile(f"{stage}_step"),
+            trainer.profile(f"{stage}_step", trainer.strategy),
         ):
             output = trainer.call_step(f"{stage}_step", *position)
         trainer.call(f"on_{stage}_batch_end", output, *position)

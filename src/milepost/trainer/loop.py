@@ -54,7 +54,8 @@ class FitLoop:
         trainer.call("on_train_start")
         check_checkpoint(trainer)
         while not self._done() or resumed is Phase.EPOCH_END:
-            self._run_epoch(resumed)
+            with trainer.profile("run_training_epoch"):
+                self._run_epoch(resumed)
             resumed = None
         trainer.call("on_train_end")
 
@@ -101,7 +102,7 @@ class FitLoop:
         assert stream is not None
         self._position_before = stream.state_dict()
         try:
-            with trainer.profile("train_dataloader_next"):
+            with trainer.profile("[FitLoop].train_dataloader_next"):
                 batch, batch_idx, _ = next(stream)
         except StopIteration:  # a loader of unknown length that was shorter than it said
             progress.batch.is_last_batch = True
@@ -123,7 +124,8 @@ class FitLoop:
             skip = trainer.call("on_train_batch_start", batch, batch_idx) == -1
             if not skip:
                 progress.batch.add("started")
-                outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
+                with trainer.profile("run_training_batch"):
+                    outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
         progress.batch.add("processed")
         self._position_before = None
         if not self.accumulating:

@@ -150,7 +150,7 @@ class Optimization:
                 closure()
         else:
             self._progress.optimizer_step.add("ready")
-            with trainer.in_hook("optimizer_step"):
+            with trainer.in_hook("optimizer_step"), trainer.profile("optimizer_step", module):
                 module.optimizer_step(trainer.current_epoch, batch_idx, self.steppers[0], closure)
             if self._last_output is _NOT_RUN:
                 raise MisconfigurationException(
@@ -166,7 +166,7 @@ class Optimization:
         with (
             trainer.precision_plugin.forward_context(),
             trainer.in_hook("training_step"),
-            trainer.profile("training_step"),
+            trainer.profile("training_step", trainer.strategy),
         ):
             return trainer.call_step("training_step", batch, batch_idx)
 
@@ -197,14 +197,17 @@ class Optimization:
             self._progress.zero_grad.add("ready")
             trainer.call("on_before_zero_grad", stepper.optimizer)
             self._progress.zero_grad.add("started")
-            trainer.lightning_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, stepper.optimizer)
+            module = trainer.lightning_module
+            with trainer.profile("optimizer_zero_grad", module):
+                module.optimizer_zero_grad(trainer.current_epoch, batch_idx, stepper.optimizer)
             self._progress.zero_grad.add("completed")
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         scaled = trainer.precision_plugin.scale(loss)
         trainer.call("on_before_backward", scaled)
-        trainer.lightning_module.backward(scaled, *args, **kwargs)
+        with trainer.profile("backward", trainer.strategy):
+            trainer.lightning_module.backward(scaled, *args, **kwargs)
         trainer.call("on_after_backward")
 
     def _manual_step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> Any:
@@ -219,8 +222,9 @@ class Optimization:
         def before_step() -> None:
             trainer.call("on_before_optimizer_step", optimizer)
             if clip:
-                with trainer.in_hook("configure_gradient_clipping"):
-                    trainer.lightning_module.configure_gradient_clipping(
+                hook, module = "configure_gradient_clipping", trainer.lightning_module
+                with trainer.in_hook(hook), trainer.profile(hook, module):
+                    module.configure_gradient_clipping(
                         optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
                     )
 
@@ -250,7 +254,9 @@ class Optimization:
                     continue
             self._progress.scheduler.add("ready")
             with trainer.in_hook("lr_scheduler_step"):
-                trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
+                module = trainer.lightning_module
+            with trainer.profile("lr_scheduler_step", module):
+                module.lr_scheduler_step(config.scheduler, metric)
             self._progress.scheduler.add("completed")
 
 

@@ -13,6 +13,7 @@ from milepost.trainer.evaluation import check_step_signature
 from milepost.trainer.migration import migrate_checkpoint
 from milepost.trainer.module import Module
 from milepost.trainer.optimization import parse_optimizers, require_monitors
+from milepost.trainer.profiling import begin_profile, end_profile
 from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.state import restore_model, restore_training
 from milepost.trainer.surface import TrainerState
@@ -39,6 +40,7 @@ def run(
     trainer.strategy.connect(model)
     path = None if ckpt_path is None else str(ckpt_path)
     trainer.ckpt_path = resolve_ckpt_path(trainer, path, model_provided=provided)
+    begin_profile(trainer)
     try:
         with trainer.signals:
             results = _prepare_and_run(trainer, fn, model, weights_only)
@@ -55,6 +57,7 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
     try:
         for callback in trainer.callbacks:
             callback.on_exception(trainer, trainer.lightning_module, error)
+        end_profile(trainer)
     except Exception as second:
         error.add_note(
             f"While callbacks were told of this error, another one occurred: {type(second).__name__}: {second}"
@@ -70,8 +73,10 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     assembly.attach_module_callbacks(trainer, model)
     if trainer.datamodule is not None:
         trainer.datamodule.trainer = trainer
-        trainer.datamodule.prepare_data()
-    model.prepare_data()
+        with trainer.profile("prepare_data", trainer.datamodule):
+            trainer.datamodule.prepare_data()
+    with trainer.profile("prepare_data", model):
+        model.prepare_data()
     _call_setup(trainer, fn)
     with trainer.precision_plugin.init_context():
         trainer.call("configure_model")
@@ -102,19 +107,22 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.call("on_fit_end")
     _call_teardown(trainer, fn)
     trainer.strategy.teardown()
+    end_profile(trainer)
     return results
 
 
 def _call_setup(trainer: Trainer, fn: str) -> None:
     if trainer.datamodule is not None:
-        trainer.datamodule.setup(fn)
+        with trainer.profile("setup", trainer.datamodule):
+            trainer.datamodule.setup(fn)
     trainer.step_arguments.clear()
     trainer.call("setup", fn)
 
 
 def _call_teardown(trainer: Trainer, fn: str) -> None:
     if trainer.datamodule is not None:
-        trainer.datamodule.teardown(fn)
+        with trainer.profile("teardown", trainer.datamodule):
+            trainer.datamodule.teardown(fn)
     trainer.call("teardown", fn)
 
 
@@ -167,7 +175,7 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
 
 
 def _configure_optimizers(trainer: Trainer, model: Module) -> None:
-    with trainer.in_hook("configure_optimizers"):
+    with trainer.in_hook("configure_optimizers"), trainer.profile("configure_optimizers", model):
         trainer.optimizers, trainer.lr_scheduler_configs = parse_optimizers(model.configure_optimizers())
     if model.automatic_optimization:
         require_monitors(trainer.lr_scheduler_configs)

@@ -24,7 +24,7 @@ def requested_loaders(trainer: Trainer, name: str) -> Any:
         return given
     for source in (trainer.datamodule, trainer.lightning_module):
         if source is not None and is_overridden(f"{name}_dataloader", source, _base_of(source)):
-            with trainer.in_hook(f"{name}_dataloader"), trainer.profile(f"{name}_dataloader"):
+            with trainer.in_hook(f"{name}_dataloader"), trainer.profile(f"{name}_dataloader", source):
                 return getattr(source, f"{name}_dataloader")()
     return None
 

@@ -68,7 +68,8 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             checkpoint[type(trainer.datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
-            callback.on_save_checkpoint(trainer, module, checkpoint)
+            with trainer.profile("on_save_checkpoint", callback):
+                callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     if trainer.datamodule is not None:
         trainer.datamodule.on_save_checkpoint(checkpoint)
@@ -134,7 +135,8 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if trainer.state.fn != "fit":
         return
     for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
+        with trainer.profile("on_load_checkpoint", callback):
+            callback.on_load_checkpoint(trainer, module, checkpoint)
     states = checkpoint.get("callbacks", {})
     for key, callback in callback_keys(trainer):
         if key in states:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.core.schedules import SchedulerConfig
+from milepost.profilers.profiler import PassThroughProfiler
 from milepost.strategies.strategy import Strategy
 from milepost.trainer import assembly, defaults
 from milepost.trainer.datamodule import DataModule
@@ -21,6 +22,7 @@ from milepost.trainer.evaluation import EvaluationLoop
 from milepost.trainer.loop import FitLoop
 from milepost.trainer.metrics import Metrics
 from milepost.trainer.module import Module, takes_argument
+from milepost.trainer.profiling import profiled
 from milepost.trainer.reporting import Reports, print_results
 from milepost.trainer.run import run
 from milepost.trainer.signals import SignalFlags
@@ -85,9 +87,7 @@ class Trainer(TrainerSurface):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
-        assembly.refuse_unsupported(
-            num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry, profiler=profiler
-        )
+        assembly.refuse_unsupported(num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry)
         dev = defaults.dev_batches(fast_dev_run)
         if dev:
             val_check_interval, check_val_every_n_epoch = None, 1
@@ -144,7 +144,7 @@ class Trainer(TrainerSurface):
             model_summary=not barebones if enable_model_summary is None else enable_model_summary,
             max_time=self.limits.max_time,
         )
-        self.profiler = profiler
+        self.profiler = assembly.profiler(profiler)
         self.state = TrainerState()
         self.should_stop = False
         self.signals = SignalFlags(preemption)
@@ -270,14 +270,21 @@ class Trainer(TrainerSurface):
         ]
         with self.in_hook(hook):
             for callback in self.callbacks:
-                if callback not in late and (function := getattr(callback, hook, None)) is not None:
-                    function(self, module, *args)
-            own = getattr(module, hook, None)
-            result = own(*args) if own is not None else None
+                if callback not in late:
+                    self._call_one(callback, hook, self, module, *args)
+            result = self._call_one(module, hook, *args)
             for callback in late:
-                if (function := getattr(callback, hook, None)) is not None:
-                    function(self, module, *args)
+                self._call_one(callback, hook, self, module, *args)
         return result
+
+    def _call_one(self, owner: Any, hook: str, *args: Any) -> Any:
+        function = getattr(owner, hook, None)
+        if function is None:
+            return None
+        if isinstance(self.profiler, PassThroughProfiler):  # called several times in each step: no context for nothing
+            return function(*args)
+        with self.profile(hook, owner):
+            return function(*args)
 
     def call_step(self, name: str, batch: Any, *position: int) -> Any:
         """Call a step with as many of ``batch_idx, dataloader_idx`` as it takes."""
@@ -298,8 +305,9 @@ class Trainer(TrainerSurface):
         finally:
             module._current_hook = previous
 
-    def profile(self, action: str) -> AbstractContextManager[Any]:
-        return nullcontext() if self.profiler is None else self.profiler.profile(action)
+    def profile(self, action: str, owner: Any = None) -> AbstractContextManager[Any]:
+        """Measure what is inside, as `action` of `owner`."""
+        return profiled(self.profiler, action, owner)
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
