@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import enum
 import pickle
-import sys
 import warnings
-from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
-from pathlib import Path, PurePath
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
-from milepost.errors import UnencodableValueError
+from milepost.engine import value_forms
+from milepost.engine.value_forms import is_plain, is_plain_key
+from milepost.errors import CheckpointFormatError, UnencodableValueError
 
 KEY = "milepost"  # the one top-level key for all that Lightning lacks; the exact values stand under "values" in it
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
-Encoded = dict[str, Any]
+_DEEPEST = 100
+KeyPath = tuple[Any, ...]
+Fallback = Callable[[Any, KeyPath], Any]
 
 
 def to_plain(checkpoint: dict[str, Any], *, warn: bool = True) -> dict[str, Any]:
@@ -32,19 +27,21 @@ def to_plain(checkpoint: dict[str, Any], *, warn: bool = True) -> dict[str, Any]
     exact: list[dict[str, Any]] = []
     plain = _plain(checkpoint, (), exact, _pickled_loudly if warn else _pickled)
     if exact:
-        plain[KEY] = {**plain.get(KEY, {}), "values": exact}
+        ours = plain.get(KEY, {})
+        plain[KEY] = {**ours, "values": [*ours.get("values", ()), *exact]}
     return plain  # type: ignore[no-any-return]
 
 
 def check(value: Any, *, remedy: str = "") -> None:
     """Raise UnencodableValueError for the first value below `value` that cannot be stored as data."""
 
-    def refuse(value: Any, path: tuple[Any, ...]) -> Any:
-        where = ".".join(map(str, path))
+    def refuse(value: Any, path: KeyPath) -> Any:
+        value, path = _innermost(value, path)
+        where = _dotted(path)
         raise UnencodableValueError(
-            f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data. Store plain values,"
-            " tensors, paths, enums or dataclasses in its place; leave it out of the hyper-parameters with"
-            f" save_hyperparameters(ignore=[...]).{remedy}",
+            f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data{_too_deep(path)}. Store"
+            " plain values, tensors, paths, enums or dataclasses in its place; leave it out of the hyper-parameters"
+            f" with save_hyperparameters(ignore=[...]).{remedy}",
             key_path=where,
         )
 
@@ -52,193 +49,111 @@ def check(value: Any, *, remedy: str = "") -> None:
 
 
 def from_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Put the exact values back into what was loaded, in place."""
+    """Put the exact values back into what was loaded, in place. No code that the file names runs.
+
+    Raises:
+        CheckpointFormatError: what stands under ``milepost.values`` is not what `to_plain` writes.
+    """
     ours = checkpoint.get(KEY)
-    if not isinstance(ours, dict):
+    if not isinstance(ours, dict) or "values" not in ours:
         return checkpoint
-    values = ours.pop("values", ())
+    items = ours.pop("values")
     if not ours:
         del checkpoint[KEY]
-    for item in values:
-        path = item["path"]
+    if not isinstance(items, list):
+        raise _malformed("values", f"a {type(items).__name__}, not a list")
+    made: dict[int, Any] = {}
+    for number, item in enumerate(items):
         try:
-            value = _decode(item["value"])
-        except LookupError as error:
+            parent, key, form = _place(checkpoint, item["path"]), item["path"][-1], item["value"]
+            value = value_forms.decode(form, made)
+        except value_forms.Unresolved as missing:
             warnings.warn(
-                f"{'.'.join(map(str, path))}: {error.args[0]} is not imported, so the plain value stands in its place."
-                " Import the module that defines it before loading.",
+                f"{_dotted(item['path'])}: {missing.args[0]} is not there, so the plain value stands in its place."
+                " Import the module that defines it before loading; classes are never imported for a file's sake.",
                 UserWarning,
                 stacklevel=2,
             )
             continue
-        parent: Any = checkpoint
-        for key in path[:-1]:
-            parent = parent[key]
-        parent[path[-1]] = value
+        except Exception as error:  # the file may be anybody's: all that is wrong with it ends here
+            raise _malformed(f"values.{number}", f"{type(error).__name__}: {error}") from error
+        parent[key] = value
     return checkpoint
 
 
-def _plain(
-    value: Any, path: tuple[Any, ...], exact: list[dict[str, Any]], fallback: Callable[[Any, tuple[Any, ...]], Any]
-) -> Any:
-    kind = type(value)
-    if kind in _PLAIN or isinstance(value, torch.Tensor):
+def _place(checkpoint: dict[str, Any], path: list[Any]) -> dict[Any, Any] | list[Any]:
+    """The container of what `path` names: a dict or list that holds something under the last key."""
+    place: Any = checkpoint
+    for number, key in enumerate(path):
+        if type(place) not in (dict, OrderedDict, Counter, list) or (type(place) is list and type(key) is not int):
+            raise TypeError(f"{key!r} of {_dotted(path)} is no key of a {type(place).__name__}")
+        found = place[key]
+        if number < len(path) - 1:
+            place = found
+    return place  # type: ignore[no-any-return]
+
+
+def _malformed(where: str, what: str) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"The exact values in the checkpoint are not what Milepost writes: {KEY}.{where}: {what}. Whoever wrote the"
+        " file edited them; load it with torch.load to see what it holds."
+    )
+
+
+def _plain(value: Any, path: KeyPath, exact: list[dict[str, Any]], fallback: Fallback) -> Any:
+    if len(path) > _DEEPEST:
+        return fallback(value, path)
+    if is_plain(value):
         return value
+    kind = type(value)
     if kind is list:
         return [_plain(v, (*path, i), exact, fallback) for i, v in enumerate(value)]
-    if isinstance(value, dict) and all(type(k) in (str, int, float, bool, type(None)) for k in value):
-        rebuilt = {k: _plain(v, (*path, k), exact, fallback) for k, v in value.items()}
-        if hasattr(value, "_metadata"):  # a state dict's versions: torch.save keeps them on an OrderedDict only
-            return value if all(isinstance(v, torch.Tensor) for v in value.values()) else rebuilt
-        return rebuilt
-    encoded = _encode(value)
-    if encoded is None:
+    if kind in (dict, OrderedDict, Counter) and all(map(is_plain_key, value)):
+        made: Any = kind()
+        for key, item in value.items():
+            made[key] = _plain(item, (*path, key), exact, fallback)
+        if hasattr(value, "_metadata"):  # a state dict's versions, which loading reads
+            made._metadata = value._metadata
+        return made
+    if (form := value_forms.encode(value)) is None:
         return fallback(value, path)
-    near = _nearest(value)
-    if encoded["type"] != "plain":
-        exact.append({"path": list(path), "value": encoded})
+    near = value_forms.nearest(value)
+    value_forms.share_bytes(form, near)
+    exact.append({"path": list(path), "value": form})
     return near
 
 
-def _pickled(value: Any, path: tuple[Any, ...]) -> Any:
+def _innermost(value: Any, path: KeyPath) -> tuple[Any, KeyPath]:
+    """The value within `value` for which the whole cannot be stored."""
+    for key, item in value_forms.parts(value) if len(path) <= _DEEPEST else ():
+        if value_forms.encode(item) is None:
+            return _innermost(item, (*path, key))
+    return value, path
+
+
+def _pickled(value: Any, path: KeyPath) -> Any:
     pickle.dumps(value)  # what cannot even be pickled fails here, with its own message
     return value
 
 
-def _pickled_loudly(value: Any, path: tuple[Any, ...]) -> Any:
+def _pickled_loudly(value: Any, path: KeyPath) -> Any:
     _pickled(value, path)
-    where = ".".join(map(str, path))
     warnings.warn(
-        f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data. The checkpoint is written"
-        " with it pickled, and loads only with weights_only=False. Store plain values instead.",
+        f"The value at {_dotted(path)!r} is a {_type_name(value)}, which cannot be stored as data{_too_deep(path)}. The"
+        " checkpoint is written with it pickled, and loads only with weights_only=False. Store plain values instead.",
         UserWarning,
         stacklevel=2,
     )
     return value
 
 
+def _dotted(path: Any) -> str:
+    return ".".join(map(str, path))
+
+
+def _too_deep(path: KeyPath) -> str:
+    return f" more than {_DEEPEST} levels deep" if len(path) > _DEEPEST else ""
+
+
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _nearest(value: Any) -> Any:
-    """The plain value that a reader without Milepost gets."""
-    if isinstance(value, enum.Enum):
-        return _nearest(value.value)
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        try:
-            return torch.from_numpy(np.array(value))
-        except (TypeError, ValueError):  # torch lacks the dtype or byte order; the save must not fail for it
-            return value.tolist()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _nearest(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {
-            str(_nearest(k)) if not isinstance(k, (str, int, float, bool)) else k: _nearest(v) for k, v in value.items()
-        }
-    if isinstance(value, tuple):
-        return tuple(_nearest(v) for v in value)
-    if isinstance(value, (list, set, frozenset)):
-        return [_nearest(v) for v in value]
-    if isinstance(value, (complex, datetime, timedelta, range, slice)):
-        return str(value)
-    return value
-
-
-def _encode(value: Any) -> Encoded | None:
-    """The exact form, as tagged plain data; None where there is none."""
-    kind = type(value)
-    if kind in _PLAIN or isinstance(value, torch.Tensor):
-        return {"type": "plain", "value": value}
-    if isinstance(value, enum.Enum):
-        return {"type": "enum", "class": _name_of(kind), "name": value.name}
-    if isinstance(value, PurePath):
-        return {"type": "path", "value": str(value)}
-    if isinstance(value, np.generic) and value.dtype.kind in "biufcSU":
-        return {"type": "numpy_scalar", "dtype": value.dtype.str, "value": base64.b64encode(value.tobytes()).decode()}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {"type": "numpy", "dtype": value.dtype.str, "shape": list(value.shape), "value": data}
-    if isinstance(value, complex):
-        return {"type": "complex", "value": [value.real, value.imag]}
-    if isinstance(value, datetime):
-        return {"type": "datetime", "value": value.isoformat()}
-    if isinstance(value, timedelta):
-        return {"type": "timedelta", "value": [value.days, value.seconds, value.microseconds]}
-    if isinstance(value, range):
-        return {"type": "range", "value": [value.start, value.stop, value.step]}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return None if None in fields.values() else {"type": "dataclass", "class": _name_of(kind), "fields": fields}
-    if kind in (list, tuple, set, frozenset):
-        items = [_encode(v) for v in value]
-        if None in items:
-            return None
-        if kind is tuple and all(i is not None and i["type"] == "plain" for i in items):
-            return {"type": "plain", "value": value}
-        return {"type": kind.__name__, "items": items}
-    if isinstance(value, Mapping):
-        pairs = [[_encode(k), _encode(v)] for k, v in value.items()]
-        return None if any(None in pair for pair in pairs) else {"type": "dict", "items": pairs}
-    return None
-
-
-def _decode(encoded: Encoded) -> Any:
-    kind = encoded["type"]
-    if kind == "plain":
-        return encoded["value"]
-    if kind == "enum":
-        return _class_of(encoded["class"], enum.Enum)[encoded["name"]]
-    if kind == "path":
-        return Path(encoded["value"])
-    if kind == "numpy_scalar":
-        return np.frombuffer(base64.b64decode(encoded["value"]), dtype=_dtype(encoded["dtype"]))[0]
-    if kind == "numpy":
-        flat = np.frombuffer(base64.b64decode(encoded["value"]), dtype=_dtype(encoded["dtype"]))
-        return flat.reshape(encoded["shape"]).copy()
-    if kind == "complex":
-        return complex(*encoded["value"])
-    if kind == "datetime":
-        return datetime.fromisoformat(encoded["value"])
-    if kind == "timedelta":
-        return timedelta(*encoded["value"])
-    if kind == "range":
-        return range(*encoded["value"])
-    if kind == "dataclass":
-        cls = _class_of(encoded["class"], object)
-        if not dataclasses.is_dataclass(cls):
-            raise LookupError(encoded["class"])
-        made: Any = object.__new__(cls)  # type: ignore[arg-type]  # fields are set, no code of the class runs
-        for name, value in encoded["fields"].items():
-            object.__setattr__(made, name, _decode(value))
-        return made
-    if kind == "dict":
-        return {_decode(k): _decode(v) for k, v in encoded["items"]}
-    containers: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    return containers[kind](_decode(v) for v in encoded["items"])
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    dtype = np.dtype(name)
-    if dtype.hasobject:
-        raise LookupError(name)
-    return dtype
-
-
-def _name_of(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _class_of(name: str, base: type) -> Any:
-    """A class by name, out of modules that the program itself has imported: nothing is imported for a file's sake."""
-    module, _, qualname = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type) or not issubclass(found, base):
-        raise LookupError(name)
-    return found
