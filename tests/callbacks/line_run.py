@@ -74,8 +74,8 @@ def fit_line(
 
 
 def names(directory: str | Path) -> set[str]:
-    """What lies in `directory`."""
-    return {entry.name for entry in Path(directory).iterdir()}
+    """What lies in `directory`, the index apart."""
+    return {entry.name for entry in Path(directory).iterdir()} - {"index.json"}
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -22,14 +22,30 @@ def test_arguments_defaults_and_constants_are_lightnings() -> None:
     from pytorch_lightning.callbacks import ModelCheckpoint as Theirs
 
     ours, theirs = (inspect.signature(c).parameters for c in (ModelCheckpoint, Theirs))
-    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
-    assert list(ours) == list(theirs)
+    shared = {n: p.default for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY}
+    assert shared == {n: p.default for n, p in theirs.items()}
+    assert list(shared) == list(theirs)
+    assert set(ours) - set(theirs) == {"retention", "on_save_error", "name"}
     constants = [n for n in vars(Theirs) if n.isupper() and not n.startswith("_")]
     assert constants and {n: getattr(ModelCheckpoint, n) for n in constants} == {
         n: getattr(Theirs, n) for n in constants
     }
     for name in [n for n in vars(Theirs()) if not n.startswith("_")]:
-        assert name in {"mode", "_fs"} or hasattr(ModelCheckpoint(), name), name
+        assert hasattr(ModelCheckpoint(), name), name
+
+
+def test_methods_that_users_call_take_lightnings_arguments() -> None:
+    from pytorch_lightning.callbacks import Callback as TheirCallback
+    from pytorch_lightning.callbacks import ModelCheckpoint as Theirs
+
+    public = [
+        n for n, m in vars(Theirs).items() if not n.startswith("_") and n.islower() and n not in vars(TheirCallback)
+    ]
+    assert "format_checkpoint_name" in public and "to_yaml" in public
+    for name in public:
+        theirs, ours = getattr(Theirs, name), getattr(ModelCheckpoint, name)
+        if callable(theirs):
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
 
 
 @pytest.mark.parametrize(

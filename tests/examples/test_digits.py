@@ -25,6 +25,6 @@ def test_demo_kills_resumes_and_ends_with_equal_weights(tmp_path: Path) -> None:
     assert all(line in unbroken for line in killed)
     assert (out / "killed/digest.txt").read_text() == (out / "unbroken/digest.txt").read_text()
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
-    kept = sorted(path.name for path in (out / "killed/checkpoints").iterdir())
+    kept = sorted(path.name for path in (out / "killed/checkpoints").glob("*.ckpt"))
     assert "last.ckpt" in kept
     assert len(kept) == 3, kept

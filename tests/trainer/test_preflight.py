@@ -119,7 +119,7 @@ def test_a_value_that_turns_up_later_is_saved_loudly_and_training_goes_on(tmp_pa
     model.late = True
     with pytest.warns(UserWarning, match=r"'mine\.deep\.0'.*weights_only=False"):
         trainer = fit(tmp_path, model, max_epochs=2)
-    assert model.batches == 4 and len(list(tmp_path.iterdir())) == 1
+    assert model.batches == 4 and len(list(tmp_path.glob("*.ckpt"))) == 1
     loaded = TorchCheckpointIO().load_checkpoint(trainer.checkpoint_callback.best_model_path, weights_only=False)  # type: ignore[union-attr]
     assert isinstance(loaded["mine"]["deep"][0], Custom)
 
@@ -193,4 +193,4 @@ def test_a_hook_that_needs_a_step_first_is_told_of_and_the_run_goes_on(tmp_path:
     model = NeedsABatch()
     with pytest.warns(UserWarning, match="could not be checked before the first step.*AttributeError.*last_batch"):
         fit(tmp_path, model)
-    assert model.batches == 2 and len(list(tmp_path.iterdir())) == 1
+    assert model.batches == 2 and len(list(tmp_path.glob("*.ckpt"))) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Save:
         change: what its commit does to the catalog.
         link_to: a second name for the same bytes, made at commit, or "".
         symbolic: whether that second name is a relative symbolic link.
+        record: what the index is told of it: step, epoch, metrics, score, time.
         pending: the handle of the save, None until it has been handed over.
     """
 
@@ -31,6 +32,7 @@ class Save:
     change: Change
     link_to: str = ""
     symbolic: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
     pending: Any = None
 
 
@@ -76,8 +78,10 @@ class Ledger:
             for save in saves[len(begun) :]:
                 self._in_flight.remove(save)
 
-    def poll(self, trainer: Any, committed: Callable[[Save], None], *, wait: bool = False) -> None:
-        """Commit what is done, in the order of the saves, with `wait` all; call `committed` after each.
+    def poll(self, trainer: Any, committed: Callable[[Save, list[str]], None], *, wait: bool = False) -> None:
+        """Commit what is done, in the order of the saves, with `wait` all.
+
+        After each, `committed` is called with the save and the paths that its commit removed.
 
         Raises:
             Exception: what made the oldest save fail. It is forgotten; a further call goes on with the next.
@@ -85,32 +89,37 @@ class Ledger:
         while self._in_flight and (wait or self._in_flight[0].pending.done()):
             save = self._in_flight.pop(0)
             save.pending.result()
-            self._commit(trainer, save)
-            committed(save)
+            if getattr(save.pending, "failed", False):
+                continue  # its error went to someone else who waited for the plugin
+            committed(save, self._commit(trainer, save))
 
-    def prune(self, trainer: Any) -> None:
-        """Apply the policy to what is committed: it may keep fewer than when the entries were made."""
+    def prune(self, trainer: Any) -> list[str]:
+        """Apply the policy to what is committed, which may keep fewer than when the entries were made.
+
+        Returns the paths removed.
+        """
         kept = replace(self.committed, entries=self.policy.retain(self.committed.entries))
-        self._switch(trainer, kept, Change())
+        return self._switch(trainer, kept, Change())
 
-    def _commit(self, trainer: Any, save: Save) -> None:
+    def _commit(self, trainer: Any, save: Save) -> list[str]:
         change = save.change
         unlinked = bool(save.link_to) and not _link(trainer, save)
         if unlinked:
             change = replace(change, last="")
-        self._switch(trainer, self.committed.after(change, self.policy), change)
+        removed = self._switch(trainer, self.committed.after(change, self.policy), change)
         if unlinked:
             # The bytes cannot get a second name: save the state of now, which is at least as new.
-            self.submit(trainer, [Save(save.link_to, Change(last=save.link_to, crash=change.crash))])
+            last = Save(save.link_to, Change(last=save.link_to, crash=change.crash), record=save.record)
+            self.submit(trainer, [last])
+        return removed
 
-    def _switch(self, trainer: Any, after: Catalog, change: Change) -> None:
+    def _switch(self, trainer: Any, after: Catalog, change: Change) -> list[str]:
         gone = obsolete(self.committed, after)
         if change.entry is not None and change.entry not in after.entries:
             gone.append(change.entry.path)  # a better one was committed while this one was on its way
         self.committed = after
-        for path in gone:
-            if not self.claims(path) and self._removable(trainer, path):
-                self._remove(trainer, path)
+        doomed = [path for path in gone if not self.claims(path) and self._removable(trainer, path)]
+        return [path for path in doomed if self._remove(trainer, path)]
 
     def _removable(self, trainer: Any, path: str) -> bool:
         """Never the file that the run resumed from, never what lies outside the directory."""
@@ -119,18 +128,21 @@ class Ledger:
             return False
         return "://" in path or relative(path, self.dirpath) is not None
 
-    def _remove(self, trainer: Any, path: str) -> None:
+    def _remove(self, trainer: Any, path: str) -> bool:
+        """Returns whether nothing is at `path` any more."""
         last = Path(self.committed.last) if self.committed.last else None
         if last is not None and last.is_symlink() and os.path.realpath(last) == os.path.realpath(path):
             last.unlink()
             Path(path).rename(last)  # the newest state outlives its place among the best
-            return
+            return True
         try:
             trainer.strategy.remove_checkpoint(path)
         except FileNotFoundError:
             pass
         except OSError as error:
             warnings.warn(f"the old checkpoint {path} could not be deleted: {error}. Delete it by hand", stacklevel=2)
+            return False
+        return True
 
 
 def _prepare(path: str, step: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milepost.callbacks._ledger import Ledger
 from milepost.callbacks._naming import fill, unused
+from milepost.callbacks._saver import Saver
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.errors import CheckpointError, MisconfigurationException
 from milepost.plugins.io import checkpoint_io as capabilities
@@ -31,7 +31,7 @@ class NamedCheckpoint(Checkpoint):
     auto_insert_metric_name: bool
     _enable_version_counter: bool
     _source: str
-    _ledger: Ledger
+    _saver: Saver
 
     def format_checkpoint_name(
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
@@ -76,7 +76,7 @@ class NamedCheckpoint(Checkpoint):
         stem = path.removesuffix(self.FILE_EXTENSION)
 
         def taken(candidate: str) -> bool:
-            used = self._ledger.claims(candidate) or self.file_exists(candidate, trainer)
+            used = self._saver.ledger.claims(candidate) or self.file_exists(candidate, trainer)
             return used and candidate not in own and not self._damaged(candidate, trainer)
 
         def version(number: int) -> str:

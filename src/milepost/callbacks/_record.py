@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ def view(catalog: Catalog, policy: Retention) -> View:
     def tensor(entry: Entry) -> torch.Tensor:
         return torch.tensor(entry.score if entry.scored else worst_value)
 
-    best, worst = catalog.best(policy), catalog.worst(policy)
-    full = worst is not None and len(catalog.entries) == policy.k
+    best, kth = catalog.best(policy), catalog.kth(policy)
+    ranked = {e.path for e in policy.order(catalog.entries)[: policy.k if policy.k >= 0 else None]}
     return View(
         best_model_path=best.path if best else "",
         best_model_score=tensor(best) if best and best.score is not None else None,
-        best_k_models={e.path: tensor(e) for e in catalog.entries if e.score is not None},
-        kth_best_model_path=worst.path if worst and full and worst.score is not None else "",
-        kth_value=tensor(worst) if worst and full else torch.tensor(worst_value),
+        best_k_models={e.path: tensor(e) for e in catalog.entries if e.score is not None and e.path in ranked},
+        kth_best_model_path=kth.path if kth and kth.score is not None else "",
+        kth_value=tensor(kth) if kth else torch.tensor(worst_value),
         last_model_path=catalog.last,
     )
 
@@ -57,7 +57,7 @@ def encode(catalog: Catalog, dirpath: str) -> dict[str, Any]:
         return (relative(path, dirpath) or path) if path else ""
 
     def plain(entry: Entry) -> dict[str, Any]:
-        return {"path": place(entry.path), "score": entry.score, "step": entry.step}
+        return {"path": place(entry.path), "score": entry.score, "step": entry.step, "time": entry.time}
 
     return {
         "entries": [plain(e) for e in catalog.entries],
@@ -92,11 +92,11 @@ def restore(state: Mapping[str, Any], dirpath: str, source: str, exists: Exists,
         return next((p for p in places if exists(p) or (exists(p) is None and Path(p).exists())), "")
 
     listed = [_entry(item) for item in own["entries"]]
-    entries = tuple(Entry(here(e.path), e.score, e.step) for e in listed if here(e.path))
-    others = [Entry(outside(e.path), e.score, e.step) for e in listed if not here(e.path)]
+    entries = tuple(_dated(replace(e, path=here(e.path))) for e in listed if here(e.path))
+    others = [replace(e, path=outside(e.path)) for e in listed if not here(e.path)]
     if own.get("elsewhere"):
         kept = _entry(own["elsewhere"])
-        others.append(Entry(outside(kept.path), kept.score, kept.step))
+        others.append(replace(kept, path=outside(kept.path)))
     return Catalog(
         entries=entries,
         last=here(own["last"]),
@@ -136,7 +136,14 @@ def _from_lightning(state: Mapping[str, Any], was: str) -> dict[str, Any]:
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
-    return Entry(path=item["path"], score=item["score"], step=item["step"])
+    return Entry(path=item["path"], score=item["score"], step=item["step"], time=item.get("time", 0.0))
+
+
+def _dated(entry: Entry) -> Entry:
+    """With the time of the file where the state has none, so that no rule takes the checkpoint to be of 1970."""
+    if entry.time or not Path(entry.path).exists():
+        return entry
+    return replace(entry, time=Path(entry.path).stat().st_mtime)
 
 
 def _first(entries: Iterable[Entry]) -> Entry | None:

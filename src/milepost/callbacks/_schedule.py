@@ -50,6 +50,11 @@ class Trigger:
         """Whether the end of `epoch` (counted from 0) is due."""
         return self.epochs > 0 and (epoch + 1) % self.epochs == 0
 
+    @property
+    def never(self) -> bool:
+        """Whether nothing triggers a save."""
+        return self == Trigger()
+
     def after(self, seconds: float) -> bool:
         """Whether a save is due `seconds` after the one before."""
         return self.interval is not None and seconds >= self.interval.total_seconds()
@@ -67,17 +72,3 @@ def saves_at_train_epoch_end(trainer: Any, chosen: bool | None) -> bool:
     if sum(trainer.num_val_batches or [0]) == 0:
         return True
     return isinstance(interval, float) and interval == 1.0
-
-
-def is_fresh(trainer: Any, monitor: str) -> bool:
-    """Whether the value of `monitor` belongs to the state of this very step.
-
-    What ``training_step`` logs on its way to step N is recorded under N - 1, and is as much of step N as training
-    values ever are; what validation logged one step ago is not.
-    """
-    logged = trainer.metric_steps.get(monitor)
-    if logged is None or logged == trainer.global_step:
-        return logged is not None
-    if logged != trainer.global_step - 1:
-        return False
-    return bool(trainer.metrics.of_training_step(monitor))

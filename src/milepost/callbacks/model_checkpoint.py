@@ -6,18 +6,22 @@ import math
 import os
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from milepost.callbacks import _record
-from milepost.callbacks._ledger import Ledger, Save
+from milepost.callbacks._ledger import Save
+from milepost.callbacks._monitor import Monitor
 from milepost.callbacks._named import NamedCheckpoint
 from milepost.callbacks._naming import absolute, default_dirpath
-from milepost.callbacks._schedule import Trigger, is_fresh, saves_at_train_epoch_end
-from milepost.engine.retention import Change, Entry, Retention
+from milepost.callbacks._saver import OnSaveError, Saver, describe
+from milepost.callbacks._schedule import Trigger, saves_at_train_epoch_end
+from milepost.callbacks._space import preflight
+from milepost.engine.retention import Change, Entry, KeepBest, Retention, Rule
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as capabilities
 
@@ -50,12 +54,14 @@ class ModelCheckpoint(NamedCheckpoint):
         save_on_train_epoch_end: act at the end of the training epoch (True) or of validation (False); None: by the
             Trainer's validation schedule.
         enable_version_counter: append ``-v1`` … where a file of the name is there already; False overwrites.
+        retention: what to keep, in the place of `save_top_k`, such as ``KeepBest(3) | KeepNewest(2) | KeepEvery(999)``.
+            What is kept for another reason than its value is saved when the trigger fires, without waiting for one.
+        on_save_error: ``"continue"`` makes a failed save a warning, counted in ``failed_saves``, and trains on.
+        name: tells the state of this checkpointer from that of others with the same arguments.
 
     Raises:
         MisconfigurationException: arguments out of range or contradicting each other.
     """
-
-    _BUILTIN_METRICS: ClassVar[frozenset[str]] = frozenset({"epoch", "step"})
 
     def __init__(
         self,
@@ -74,9 +80,13 @@ class ModelCheckpoint(NamedCheckpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        *,
+        retention: Rule | None = None,
+        on_save_error: OnSaveError = "raise",
+        name: str | None = None,
     ) -> None:
         super().__init__()
-        policy = _policy(monitor, save_top_k, mode)
+        policy = _policy(monitor, save_top_k, mode, retention)
         self._trigger = Trigger.resolve(every_n_train_steps, every_n_epochs, train_time_interval)
         self.dirpath = absolute(dirpath)
         if save_last == "link" and self.dirpath is not None and "://" in self.dirpath:
@@ -90,23 +100,21 @@ class ModelCheckpoint(NamedCheckpoint):
         self.save_weights_only = save_weights_only
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
+        self.name = name
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
-        self._ledger = Ledger(policy, weights_only=save_weights_only)
+        self._saver = Saver(
+            policy, weights_only=save_weights_only, on_error=on_save_error, committed=self._on_committed
+        )
+        self._ledger = self._saver.ledger
+        self._monitor = Monitor(monitor)
         self.current_score: torch.Tensor | None = None
-        self.best_k_models: dict[str, torch.Tensor] = {}
-        self.best_model_path = ""
-        self.best_model_score: torch.Tensor | None = None
-        self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-        self.last_model_path = ""
         self._io: Any = None
         self._source = ""
         self._deferred = False  # a trigger fired, its decision waits for a true value of the monitor
-        self._monitor_unknown = False
-        self._validated = False
         self._fired_step = self._ranked_step = self._last_step = self._saved_step = 0
         self._clock = 0.0
+        self._publish()
 
     @property
     def state_key(self) -> str:
@@ -117,12 +125,18 @@ class ModelCheckpoint(NamedCheckpoint):
             every_n_train_steps=self._trigger.steps,
             every_n_epochs=self._trigger.epochs,
             train_time_interval=self._trigger.interval,
+            **({} if self.name is None else {"name": self.name}),
         )
 
     @property
     def every_n_epochs(self) -> int | None:
         """How many epochs lie between saves; 0 where another trigger is set."""
         return self._trigger.epochs
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves have failed, over the restarts of the run."""
+        return self._saver.failed_saves
 
     # ---- events of a run
 
@@ -137,13 +151,14 @@ class ModelCheckpoint(NamedCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Start the clock of the time trigger and apply retention to what was restored."""
         self._clock = time.monotonic()
-        self._monitor_unknown = self._validated = False
+        self._monitor.begin()
         # What was resumed from is saved already, and its trigger has fired.
         self._fired_step = self._saved_step = trainer.global_step
         self._ranked_step = 0
         self._last_step = trainer.global_step if self._ledger.committed.last else 0
         if trainer.is_global_zero and not self._idle(trainer):
-            self._ledger.prune(trainer)
+            self._saver.prune(trainer)
+            self._preflight(trainer)
         self._publish()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -163,7 +178,7 @@ class ModelCheckpoint(NamedCheckpoint):
         self._poll(trainer)
         if self._idle(trainer):
             return
-        self._validated = True
+        self._monitor.validated = True
         here = not saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
         self._act(trainer, due=here and self._trigger.at_epoch(trainer.current_epoch))
 
@@ -172,15 +187,18 @@ class ModelCheckpoint(NamedCheckpoint):
         self._poll(trainer)
         if self._idle(trainer):
             return
-        self._check_monitor(trainer)
+        if self._monitor.check(trainer):
+            self._deferred = self._deferred or not self._ledger.projected.paths()
         here = saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
         self._act(trainer, due=here and self._trigger.at_epoch(trainer.current_epoch))
-        self._write(trainer, rank=False)
+        self._write(trainer, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Refresh the last, leave a file where a decision is still open and there is none, wait for all commits."""
+        self._poll(trainer, wait=True)
         if not self._idle(trainer):
-            self._write(trainer, rank=self._deferred and not self._ledger.projected.paths())
+            open_and_empty = self._deferred and not self._ledger.projected.paths()
+            self._write(trainer, self._ledger.policy if open_and_empty else None)
         self._poll(trainer, wait=True)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
@@ -215,6 +233,7 @@ class ModelCheckpoint(NamedCheckpoint):
             "milepost": {
                 **_record.encode(self._ledger.projected, self.dirpath or ""),
                 "deferred": self._deferred,
+                "failed_saves": self.failed_saves,
             },
         }
 
@@ -225,6 +244,7 @@ class ModelCheckpoint(NamedCheckpoint):
         self._ledger.committed = _record.restore(state_dict, here, self._source, self._is_there, self._ledger.policy)
         self.current_score = state_dict.get("current_score")
         self._deferred = bool(own.get("deferred", False))
+        self._saver.failed_saves = int(own.get("failed_saves", 0))
         self._publish()
 
     # ---- what users call
@@ -233,7 +253,7 @@ class ModelCheckpoint(NamedCheckpoint):
         """Whether a checkpoint with the monitored value `current` would be among the best; None never is."""
         if current is None or self.save_top_k == 0:
             return False
-        return self._ledger.policy.admits(self._ledger.projected.entries, float(current))
+        return self._admits(self._ledger.policy, self._candidate(trainer, float(current)))
 
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
         """Write ``best_k_models`` (path: score) as YAML, by default to ``best_k_models.yaml`` in the directory."""
@@ -247,85 +267,89 @@ class ModelCheckpoint(NamedCheckpoint):
 
     def _fire(self, trainer: Trainer) -> None:
         """The trigger fired: rank the state if the monitored value is of this step, else leave that for later."""
+        policy = self._ledger.policy
         self._deferred = not self._decidable(trainer)
-        self._write(trainer, rank=not self._deferred)
+        self._write(trainer, policy.unranked if self._deferred else policy)
 
     def _act(self, trainer: Trainer, *, due: bool) -> None:
         if due or (self._deferred and self._decidable(trainer)):
             self._fire(trainer)
 
     def _decidable(self, trainer: Trainer) -> bool:
-        if self.monitor is None or self.monitor in self._BUILTIN_METRICS or self.save_top_k == 0:
-            return True
-        return self._monitor_unknown or is_fresh(trainer, self.monitor)
+        return self._ledger.policy.k == 0 or self._monitor.decidable(trainer)
 
-    def _check_monitor(self, trainer: Trainer) -> None:
-        metrics = trainer.callback_metrics
-        if self.monitor is None or self.monitor in metrics or self.monitor in self._BUILTIN_METRICS:
-            self._monitor_unknown = False
+    def _candidate(self, trainer: Trainer, score: float | None) -> Entry:
+        return Entry("\0new", score, trainer.global_step, time.time())
+
+    def _admits(self, policy: Retention, candidate: Entry) -> bool:
+        return policy.admits(self._ledger.projected.entries, candidate)
+
+    def _preflight(self, trainer: Trainer) -> None:
+        if self._trigger.never and not self.save_last and not self.save_on_exception:
             return
-        expects_validation = sum(trainer.num_val_batches or [0]) > 0
-        if self._monitor_unknown or (expects_validation and not self._validated):
-            return
-        self._monitor_unknown = True
-        warnings.warn(
-            f"ModelCheckpoint(monitor={self.monitor!r}): no such metric was logged. Available: "
-            f"{', '.join(sorted(metrics)) or 'none'}. Until it appears checkpoints are kept by recency; "
-            f"log it with self.log({self.monitor!r}, ...) or correct the name",
-            stacklevel=2,
+        kept = max(self._ledger.policy.k, 0) + bool(self.save_last) - len(self._ledger.committed.paths())
+        preflight(
+            trainer,
+            self._ledger.dirpath,
+            places=max(kept, 0) + 1,
+            weights_only=self.save_weights_only,
+            strict=self._saver.on_error == "raise",
         )
-        self._deferred = self._deferred or not self._ledger.projected.paths()
 
     # ---- writing
 
-    def _write(self, trainer: Trainer, *, rank: bool) -> None:
-        """Save the state as one of the best (with `rank`, if it is) and as the last (with `save_last`), in one go."""
-        step = trainer.global_step
+    def _write(self, trainer: Trainer, policy: Retention | None) -> None:
+        """Save the state as an entry, if `policy` wants it, and as the last (with `save_last`), in one go."""
+        step, known = trainer.global_step, self._ledger.policy
         if step == 0:
             return  # nothing was learned yet
-        score = self._score(trainer)
-        if rank:
+        score = self._monitor.score(trainer, self._metrics(trainer))
+        ranked = policy is known
+        if ranked:
             self.current_score = None if score is None else torch.tensor(score)
-        ranked = rank and self._ranked_step != step
-        ranked = ranked and self._ledger.policy.admits(self._ledger.projected.entries, score)
-        if not ranked and not (self.save_last and step > self._last_step):
+        candidate = self._candidate(trainer, score)
+        placed = policy is not None and self._ranked_step != step and self._admits(policy, candidate)
+        if not placed and not (self.save_last and step > self._last_step):
             return
-        path, complaint = self._entry_path(trainer, score) if ranked else ("", None)
-        change = Change(entry=Entry(path, score, step)) if ranked else Change()
-        self._submit(trainer, path, change, with_last=step > self._last_step)
-        self._ranked_step = step if rank else self._ranked_step
+        path, complaint = self._entry_path(trainer, candidate) if placed else ("", None)
+        change = Change(entry=replace(candidate, path=path)) if placed else Change()
+        self._submit(trainer, path, change, score, with_last=step > self._last_step)
+        self._ranked_step = step if ranked else self._ranked_step
         if complaint is not None:  # only now: the step is saved
             self._poll(trainer, wait=True)
             raise complaint
 
     def _write_crash(self, trainer: Trainer) -> None:
         path, _ = self._named(self._metrics(trainer), prefix="exception")
-        self._submit(trainer, path, Change(crash=path), with_last=True)
+        self._submit(trainer, path, Change(crash=path), None, with_last=True)
 
-    def _submit(self, trainer: Trainer, path: str, change: Change, *, with_last: bool) -> None:
+    def _submit(self, trainer: Trainer, path: str, change: Change, score: float | None, *, with_last: bool) -> None:
         """Save to `path` ("": only as the last) under `change`, and as the last where it is wanted."""
         step = trainer.global_step
         io = trainer.strategy.checkpoint_io
         linked = bool(path) and (self.save_last == "link" or callable(getattr(io, "link", None)))
         last = self._last_path(trainer) if self.save_last and (with_last or linked) else ""
-        saves = [Save(last, Change(last=last, crash=change.crash))] if last and not linked else []
+        record = describe(trainer, trainer.callback_metrics, self.monitor, score)
+        saves = [Save(last, Change(last=last, crash=change.crash), record=record)] if last and not linked else []
         if path:
             joint = Change(change.entry, last if linked else "", change.crash)
-            saves.insert(0, Save(path, joint, last if linked else "", symbolic=self.save_last == "link"))
-        self._ledger.submit(trainer, saves)
-        self._saved_step = step
-        self._last_step = step if last else self._last_step
+            symbolic = self.save_last == "link"
+            saves.insert(0, Save(path, joint, last if linked else "", symbolic, record))
+        if self._saver.save(trainer, saves):
+            self._saved_step = step
+            self._last_step = step if last else self._last_step
         self._poll(trainer)
 
     def _poll(self, trainer: Trainer, *, wait: bool = False) -> None:
-        def committed(save: Save) -> None:
-            self._publish()
-            if self.verbose and trainer.is_global_zero:
-                print(f"saved {save.path} (epoch {trainer.current_epoch}, step {trainer.global_step})")
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        if not self._saver.poll(trainer, wait=wait):
+            self._saved_step = self._last_step = 0  # so that the next occasion is taken
 
-        self._ledger.poll(trainer, committed, wait=wait)
+    def _on_committed(self, trainer: Trainer, save: Save) -> None:
+        self._publish()
+        if self.verbose and trainer.is_global_zero:
+            print(f"saved {save.path} (epoch {save.record['epoch']}, step {save.record['step']})")
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)
 
     def _publish(self) -> None:
         """Show what is committed in the public attributes."""
@@ -335,21 +359,14 @@ class ModelCheckpoint(NamedCheckpoint):
         self.kth_best_model_path, self.kth_value = view.kth_best_model_path, view.kth_value
         self.last_model_path = view.last_model_path
 
-    def _score(self, trainer: Trainer) -> float | None:
-        """The monitored value if it is of this step, NaN if it is not, None where nothing is monitored."""
-        if self.monitor is None:
-            return None
-        fresh = self.monitor in self._BUILTIN_METRICS or is_fresh(trainer, self.monitor)
-        return float(self._metrics(trainer)[self.monitor]) if fresh else math.nan
-
-    def _entry_path(self, trainer: Trainer, score: float | None) -> tuple[str, Exception | None]:
+    def _entry_path(self, trainer: Trainer, candidate: Entry) -> tuple[str, Exception | None]:
         metrics = self._metrics(trainer)
-        unknown = score is not None and math.isnan(score)
+        unknown = candidate.score is not None and not candidate.scored
         if unknown and self.monitor is not None:
             metrics[self.monitor] = math.nan  # never a stale value in a file's name
         path, complaint = self._named(metrics)
         now = self._ledger.projected
-        after = now.after(Change(entry=Entry("\0new", score)), self._ledger.policy)
+        after = now.after(Change(entry=candidate), self._ledger.policy)
         return self._free(trainer, path, own=now.paths() - after.paths()), None if unknown else complaint
 
     def _last_path(self, trainer: Trainer) -> str:
@@ -360,7 +377,7 @@ class ModelCheckpoint(NamedCheckpoint):
         return None if self._io is None else capabilities.exists(self._io, path)
 
 
-def _policy(monitor: str | None, save_top_k: int, mode: str) -> Retention:
+def _policy(monitor: str | None, save_top_k: int, mode: str, rule: Rule | None) -> Retention:
     if save_top_k < -1:
         raise MisconfigurationException(f"save_top_k={save_top_k} must be -1 (all), 0 (none) or positive")
     if monitor is None and save_top_k not in (-1, 0, 1):
@@ -369,4 +386,9 @@ def _policy(monitor: str | None, save_top_k: int, mode: str) -> Retention:
         )
     if mode not in ("min", "max"):
         raise MisconfigurationException(f"mode={mode!r} must be 'min' or 'max'")
-    return Retention(save_top_k, "min" if mode == "min" else "max")
+    if rule is not None and save_top_k != 1:
+        raise MisconfigurationException(
+            f"save_top_k={save_top_k} and retention={rule!r} both say what to keep: write KeepBest({save_top_k}) | ... "
+            "in retention alone"
+        )
+    return Retention(rule or KeepBest(save_top_k), "min" if mode == "min" else "max")

@@ -66,6 +66,9 @@ class Logger:
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Called once a checkpoint of `checkpoint_callback` is durable, so that its file may be read or uploaded."""
 
+    def after_remove_checkpoint(self, path: str) -> None:
+        """Called once the checkpoint at `path` has been deleted by retention, so that a copy elsewhere may go too."""
+
 
 class DummyLogger(Logger):
     """Takes the place of the loggers under ``fast_dev_run``: everything can be called, nothing is written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -82,6 +83,24 @@ def sync_directory(directory: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def probe(directory: str | os.PathLike[str]) -> int:
+    """Write, fsync and remove a small file in `directory`, or in the nearest parent where it is not there yet.
+
+    Returns:
+        The bytes that this user may still write there.
+
+    Raises:
+        OSError: nothing can be written.
+    """
+    path = Path(directory).absolute()
+    place = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=_PENDING, dir=place) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+    return shutil.disk_usage(place).free
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:

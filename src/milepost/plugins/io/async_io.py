@@ -29,6 +29,11 @@ class AsyncSave:
     def done(self) -> bool:
         return self._future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save has ended badly, also where somebody else was told of it."""
+        return self.done() and self._future.exception() is not None
+
     def result(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint is durable; raise what the save failed with, once."""
         error = self._future.exception(timeout)
@@ -115,6 +120,9 @@ class AsyncCheckpointIO(CheckpointIO):
     def verify(self, path: Any) -> str | None:
         found: str | None = self._in_order(lambda: io_calls.verify(self.checkpoint_io, path))
         return found
+
+    def probe(self, directory: Any) -> int | None:
+        return io_calls.probe(self.checkpoint_io, directory)
 
     def link(self, source: Any, target: Any) -> bool:
         return bool(self._in_order(lambda: io_calls.link(self.checkpoint_io, source, target)))

@@ -76,6 +76,10 @@ class _Handle:
     def done(self) -> bool:
         return bool(self._future.done())
 
+    @property
+    def failed(self) -> bool:
+        return self._raised
+
     def result(self, timeout: float | None = None) -> None:
         if self._raised:
             return
@@ -168,6 +172,16 @@ def check(io: Any, checkpoint: dict[str, Any]) -> None:
     """
     if (offered := _offered(io, "check")) is not None:
         offered(checkpoint)
+
+
+def probe(io: Any, directory: Any) -> int | None:
+    """Free bytes where checkpoints of `directory` go; None where the plugin does not offer it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    offered = _offered(io, "probe")
+    return None if offered is None else offered(directory)
 
 
 def wait(io: Any) -> None:

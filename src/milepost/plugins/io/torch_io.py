@@ -104,6 +104,14 @@ class TorchCheckpointIO(CheckpointIO):
         with path.open("rb") as file:
             return None if sealed.verify(file, str(path)) else "cannot"
 
+    def probe(self, directory: str | os.PathLike[str]) -> int:
+        """Write a small file where `directory` is or will be, and remove it. Returns the bytes that are free there.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        return local.probe(directory)
+
     def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
         """Give the file a second name, atomically; False where the file system has no hard links."""
         return local.link(source, target)

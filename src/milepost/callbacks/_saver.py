@@ -1,0 +1,140 @@
+"""From a decision to a committed file, and who is told of it: the index, the checkpointer, the loggers."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from milepost.callbacks._ledger import Ledger, Save
+from milepost.callbacks._naming import relative
+from milepost.engine.retention import Retention
+from milepost.errors import MisconfigurationException
+from milepost.plugins.io.index import Record, update_index
+
+OnSaveError = Literal["raise", "continue"]
+
+
+class Saver:
+    """A checkpointer's way to the plugin.
+
+    Args:
+        policy: what is kept.
+        weights_only: leave out what only a resumed run needs.
+        on_error: what a failed save does: end the run, or be counted while training goes on.
+        committed: called with the trainer and the save once it is durable.
+
+    Attributes:
+        ledger: what is committed and what is on its way.
+        failed_saves: how many saves have failed so far.
+    """
+
+    def __init__(
+        self,
+        policy: Retention,
+        *,
+        weights_only: bool,
+        on_error: OnSaveError,
+        committed: Callable[[Any, Save], None],
+    ) -> None:
+        if on_error not in ("raise", "continue"):
+            raise MisconfigurationException(f"on_save_error={on_error!r} must be 'raise' or 'continue'")
+        self.ledger = Ledger(policy, weights_only=weights_only)
+        self.on_error = on_error
+        self.failed_saves = 0
+        self._committed = committed
+
+    def save(self, trainer: Any, saves: Sequence[Save]) -> bool:
+        """Hand `saves` over. Returns whether that went well.
+
+        Raises:
+            OSError: it did not, and a failure ends the run.
+        """
+        error = self._submit(trainer, saves)
+        if error is not None and getattr(error, "path", None) not in (None, *(save.path for save in saves)):
+            # A plugin that writes in the background told of an earlier save that failed, and did not begin this one.
+            error = self._submit(trainer, saves)
+        return error is None
+
+    def poll(self, trainer: Any, *, wait: bool = False) -> bool:
+        """Commit what is done, with `wait` all, and tell of it. Returns whether none of it had failed.
+
+        Raises:
+            OSError: a save had failed, and a failure ends the run.
+        """
+
+        def commit(save: Save, removed: list[str]) -> None:
+            self._index(trainer, [*_records(save, self.ledger.dirpath)], removed)
+            self._committed(trainer, save)
+            _tell_of_removal(trainer, removed)
+
+        before = self.failed_saves
+        while True:
+            try:
+                self.ledger.poll(trainer, commit, wait=wait)
+                return self.failed_saves == before
+            except OSError as error:
+                self._failed(trainer, error)
+
+    def prune(self, trainer: Any) -> None:
+        """Apply the policy to what was restored."""
+        if removed := self.ledger.prune(trainer):
+            self._index(trainer, [], removed)
+            _tell_of_removal(trainer, removed)
+
+    def _submit(self, trainer: Any, saves: Sequence[Save]) -> OSError | None:
+        try:
+            self.ledger.submit(trainer, saves)
+        except OSError as error:
+            self._failed(trainer, error)
+            return error
+        return None
+
+    def _failed(self, trainer: Any, error: OSError) -> None:
+        self.failed_saves += 1
+        if self.on_error == "raise":
+            raise error
+        step = getattr(error, "step", None)  # of a save in the background: earlier than now
+        warnings.warn(
+            f"NOT SAVED at step {trainer.global_step if step is None else step} ({self.failed_saves} failed so far): "
+            f"{error} Training goes on; the newest checkpoint is an older one until a save succeeds",
+            stacklevel=2,
+        )
+
+    def _index(self, trainer: Any, put: list[Record], removed: Sequence[str]) -> None:
+        directory = self.ledger.dirpath
+        if "://" in directory or not trainer.is_global_zero:
+            return
+        try:
+            update_index(directory, put=put, drop=[relative(path, directory) or path for path in removed])
+        except OSError as error:  # the checkpoint itself is safe
+            warnings.warn(f"the list of checkpoints in {directory} is not up to date: {error}", stacklevel=2)
+
+
+def describe(trainer: Any, metrics: dict[str, Any], monitor: str | None, score: float | None) -> Record:
+    """What the index will say of the state that is saved now."""
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "monitor": monitor,
+        "score": score,
+        "metrics": {name: float(value) for name, value in metrics.items() if name not in ("epoch", "step")},
+        "time": time.time(),
+    }
+
+
+def _records(save: Save, directory: str) -> list[Record]:
+    change = save.change
+    kind = "ranked" if change.entry is not None else "exception" if change.crash else "last"
+    files = [(save.path, kind)] + ([(save.link_to, "last")] if save.link_to and os.path.lexists(save.link_to) else [])
+    return [{"path": relative(path, directory) or path, "kind": kind, **save.record} for path, kind in files]
+
+
+def _tell_of_removal(trainer: Any, removed: Sequence[str]) -> None:
+    for logger in trainer.loggers:
+        tell = getattr(logger, "after_remove_checkpoint", None)
+        for path in removed:
+            if tell is not None:
+                tell(path)
