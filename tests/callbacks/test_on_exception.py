@@ -39,8 +39,7 @@ def test_validate_leaves_the_crash_file_alone(tmp_path: Path) -> None:
 
 def test_a_later_fit_that_saved_something_newer_removes_it(tmp_path: Path) -> None:
     callback = _crash(tmp_path)
-    left, inexact = "an exception left a checkpoint behind", "an error had interrupted a batch"
-    with pytest.warns(UserWarning, match=left), pytest.warns(UserWarning, match=inexact):
+    with pytest.warns(UserWarning, match="an exception left a checkpoint behind"):
         fit_line(tmp_path, callback, ModelCheckpoint(tmp_path / "c"))
     assert names(tmp_path / "crash") == set()
     assert len(names(tmp_path / "c")) == 1
@@ -48,8 +47,7 @@ def test_a_later_fit_that_saved_something_newer_removes_it(tmp_path: Path) -> No
 
 def test_a_later_fit_that_saved_nothing_keeps_it(tmp_path: Path) -> None:
     callback = _crash(tmp_path)
-    left, inexact = "an exception left a checkpoint behind", "an error had interrupted a batch"
-    with pytest.warns(UserWarning, match=left), pytest.warns(UserWarning, match=inexact):
+    with pytest.warns(UserWarning, match="an exception left a checkpoint behind"):
         fit_line(tmp_path, callback, ModelCheckpoint(tmp_path / "c", every_n_epochs=0))
     assert names(tmp_path / "crash") == {"on_exception.ckpt"}
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 from milepost import LightningModule, Trainer
 from milepost.callbacks import Callback, Checkpoint
+from milepost.loggers import Logger
 
 
 class Points(Dataset[Any]):
@@ -75,48 +77,79 @@ class Net(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+        noise = torch.rand(())  # moves the random state of the process: validation, too, goes on from where it was
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]) + noise * 0.1)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        stepwise = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.95)
         return [optimizer], [
             {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), "interval": "step"},
             {"scheduler": plateau, "monitor": "val"},
+            {"scheduler": stepwise, "monitor": "loss_step", "interval": "step", "frequency": 2},
         ]
 
 
-class Killed(Exception):
-    """Stands for the kill where it happens in process: nothing is saved on the way out."""
+class Killed(BaseException):
+    """Stands for the kill where it happens in process: nothing is saved on the way out, and nobody catches it."""
+
+
+class Rows(Logger):
+    """Keeps what the loggers are given."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
 
 
 class SaveAndDie(Checkpoint):
-    """Saves at one point of the run and ends it right there, or some batches later."""
+    """Saves at one point of the run and ends it right there; or two batches later, in the midst of the next save."""
 
     def __init__(self, point: str, path: Path) -> None:
         self.point, self.path = point, path
         self.seen = 0
 
     def reach(self, trainer: Trainer, point: str) -> None:
-        if point == self.point:
-            self.seen += 1
-            if self.seen == {"batch inside accumulation": 9, "batch at a step": 5}.get(point, 2):
-                trainer.save_checkpoint(self.path).result()
+        if point != self.point:
+            return
+        self.seen += 1
+        if self.seen == {"batch inside accumulation": 9, "batch at a step": 5, "a save": 13}.get(point, 2):
+            trainer.save_checkpoint(self.path).result()
+            if point != "a save":
                 raise Killed
+        elif point == "a save" and self.seen == 15:
+            fsync, os.fsync = os.fsync, killed
+            try:
+                trainer.save_checkpoint(self.path).result()
+            finally:
+                os.fsync = fsync
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         inside = (batch_idx + 1) % 3 != 0
         self.reach(trainer, "batch inside accumulation" if inside else "batch at a step")
+        self.reach(trainer, "a save")
+
+    def on_validation_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if arguments[-1] == 1 and not trainer.sanity_checking:
+            self.reach(trainer, "validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            self.reach(trainer, "validation")
+            self.reach(trainer, "validation end")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.reach(trainer, "epoch end")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.reach(trainer, "epoch start")
+
+
+def killed(number: int) -> None:
+    """In the place of ``os.fsync``: the bytes are written, the name is not there yet."""
+    raise Killed
 
 
 def loader(data: str, workers: int, augment: bool) -> DataLoader[Any]:
@@ -148,7 +181,8 @@ def fit(
         val_check_interval=4,
         callbacks=list(callbacks),
         enable_checkpointing=bool(callbacks),
-        logger=False,
+        logger=Rows(),
+        log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -161,10 +195,12 @@ def everything(trainer: Trainer, net: Net) -> list[torch.Tensor]:
     moments = [v for s in trainer.optimizers[0].state.values() for v in s.values()]
     metrics = [trainer.callback_metrics[k] for k in sorted(trainer.callback_metrics)]
     rates = torch.tensor([g["lr"] for g in trainer.optimizers[0].param_groups])
-    return [*net.state_dict().values(), *moments, *metrics, rates, torch.get_rng_state()]
+    numpy = torch.as_tensor(np.random.get_state()[1].astype(np.int64))
+    rng = [torch.get_rng_state(), numpy, torch.tensor(random.getstate()[1])]
+    return [*net.state_dict().values(), *moments, *metrics, rates, *rng]
 
 
-POINTS = ["batch inside accumulation", "batch at a step", "validation", "epoch end", "epoch start"]
+POINTS = ["batch inside accumulation", "batch at a step", "validation", "epoch end", "a save"]
 DATA = ["shuffle", "weighted", "iterable"]
 EVERY = list(itertools.product(POINTS, [0, 2], DATA, [False, True], ["32-true", "bf16-mixed"]))
 # each pair of values of any two of the five properties is among these; the rest runs with -m slow
@@ -178,6 +214,17 @@ PAIRWISE = [
 @pytest.mark.parametrize("case", PAIRWISE, ids=lambda c: "-".join(map(str, c)).replace(" ", "_"))
 def test_exact(tmp_path: Path, case: tuple[Any, ...]) -> None:
     check(tmp_path, *case)
+
+
+@pytest.mark.parametrize("point", ["validation end", "epoch start"])
+@pytest.mark.parametrize(("data", "workers"), [("shuffle", 0), ("iterable", 2)])
+def test_exact_at_the_points_between(tmp_path: Path, point: str, data: str, workers: int) -> None:
+    check(tmp_path, point, workers, data, True, "32-true")
+
+
+def test_each_pair_of_properties_is_tried() -> None:
+    for (i, one), (j, other) in itertools.combinations(enumerate(zip(*EVERY, strict=True)), 2):
+        assert {(case[i], case[j]) for case in PAIRWISE} == set(itertools.product(one, other))
 
 
 @pytest.mark.slow
@@ -196,6 +243,8 @@ def check(folder: Path, point: str, workers: int, data: str, augment: bool, prec
     count = len(resumed.log_lines)
     assert 0 < count < len(unbroken.log_lines)
     assert resumed.log_lines == unbroken.log_lines[-count:]
+    rows = trainer.logger.rows
+    assert rows == unbroken_trainer.logger.rows[-len(rows) :]
     found = everything(trainer, resumed)
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):

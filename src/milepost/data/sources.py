@@ -89,7 +89,8 @@ class TrackedLoader:
             self.close()  # its workers stand elsewhere
         self.epoch = epoch if loaded is None else loaded.get("epoch", epoch)
         self.cycle = cycle if loaded is None else loaded.get("cycle", 0)
-        self._dataset_state, self._worker_states, self._next_worker, self._ended = None, {}, 0, False
+        self._worker_states, self._next_worker, self._ended = {}, 0, False
+        self._dataset_state = self._live_dataset_state()
         self.seen = 0 if loaded is None else loaded["batches_seen"]
         for part in (*sampler_parts(self.loader), self.loader.dataset):
             set_epoch = getattr(part, "set_epoch", None)
@@ -100,7 +101,8 @@ class TrackedLoader:
         self._order = order_state(self.loader)
         self.start = 0 if self.iterable else self.seen
         self._replay_order()
-        skip = self._restore_dataset(loaded) if loaded is not None and self.seen else 0
+        begun = loaded is not None and (self.seen or loaded.get("dataset") is not None)
+        skip = self._restore_dataset(loaded) if loaded is not None and begun else 0
         self._iterator = self._batches(self.seen - skip)
         for _ in range(skip):
             next(self._iterator)
@@ -197,10 +199,8 @@ class TrackedLoader:
         batch = next(self._iterator)
         if isinstance(batch, WorkerBatch):
             return batch.batch, (batch.worker, batch.state)
-        dataset: Any = self.loader.dataset
-        if not self.loader.num_workers and is_stateful(dataset):
-            return batch, (copy.deepcopy(dataset.state_dict()), self._fetch_ended)
-        return batch, None
+        state = self._live_dataset_state()
+        return batch, None if state is None else (state, self._fetch_ended)
 
     def delivered(self, state: Any) -> None:
         """The batch that `draw` returned with `state` has been handed out."""
@@ -229,6 +229,26 @@ class TrackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `state` with the next `begin`."""
         self._pending_state = state
+
+    def resting_state(self) -> dict[str, Any] | None:
+        """What lives through epochs, as it is now: generators, samplers with a state, a dataset in this process."""
+        order, dataset = order_state(self.loader), self._live_dataset_state()
+        if dataset is None and not any(order.values()):
+            return None
+        return {"order": order, "dataset": dataset}
+
+    def load_resting_state(self, state: dict[str, Any]) -> None:
+        """Put back what `resting_state` returned."""
+        restore_order(self.loader, state["order"])
+        dataset: Any = self.loader.dataset
+        if state["dataset"] is not None and is_stateful(dataset) and not self.loader.num_workers:
+            dataset.load_state_dict(copy.deepcopy(state["dataset"]))
+
+    def _live_dataset_state(self) -> Any:
+        dataset: Any = self.loader.dataset
+        if self.loader.num_workers or not is_stateful(dataset):
+            return None
+        return copy.deepcopy(dataset.state_dict())
 
     def length(self) -> int | float:
         """Batches in an epoch, inf where unknown."""
@@ -306,6 +326,15 @@ class PlainSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `state` with the next `begin`."""
         self._pending_state = state
+
+    def resting_state(self) -> Any:
+        """The iterable's own state now, or None."""
+        return copy.deepcopy(self.iterable_object.state_dict()) if self._stateful else None
+
+    def load_resting_state(self, state: Any) -> None:
+        """Put back what `resting_state` returned."""
+        if self._stateful:
+            self.iterable_object.load_state_dict(copy.deepcopy(state))
 
     def length(self) -> int | float:
         """Batches in an epoch, inf where unknown."""

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
 from milepost.data.sources import PlainSource, TrackedLoader
-from milepost.errors import MisconfigurationException
+from milepost.errors import MisconfigurationException, ResumeError
 
 MODES = ("max_size_cycle", "min_size", "max_size", "sequential")
 
@@ -92,6 +92,7 @@ class BatchStream:
             self.is_last = bool(loaded.get("is_last", False))
             self._done = list(loaded.get("done", self._done))
             states = loaded.get("loaders") or [{"batches_seen": self.batches_seen}] * len(self._sources)
+            self._refuse_others(states)
             for source, state in zip(self._sources, states, strict=True):
                 source.load_state_dict(state)
         for source in self._sources:
@@ -181,6 +182,25 @@ class BatchStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at `state` with the next `begin`."""
         self._pending_state = state
+
+    def resting_state(self) -> list[Any]:
+        """State of each loader between two epochs: of generators, samplers and datasets that live through them."""
+        return [source.resting_state() for source in self._sources]
+
+    def load_resting_state(self, states: list[Any]) -> None:
+        """Put back what `resting_state` returned, before the next `begin`."""
+        self._refuse_others(states)
+        for source, state in zip(self._sources, states, strict=True):
+            if state is not None:
+                source.load_resting_state(state)
+
+    def _refuse_others(self, states: list[Any]) -> None:
+        if len(states) != len(self._sources):
+            raise ResumeError(
+                f"The checkpoint holds the positions of {len(states)} loaders, but {self._name} returned"
+                f" {len(self._sources)}. Return the same loaders, or load the weights with load_from_checkpoint and"
+                " start a new fit."
+            )
 
     def close(self) -> None:
         """Shut loader workers down."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException, SIGTERMException
+from milepost.trainer.loading import Loading
 from milepost.trainer.module import Module, is_overridden, takes_argument
 from milepost.trainer.sources import evaluation_stream
 
@@ -27,7 +29,8 @@ class EvaluationLoop:
         self.stage = stage
         self.stream: BatchStream | None = None
         self.predictions: list[list[Any]] = []
-        self._loaded_epoch: int | None = None
+        self.loading: Loading | None = None
+        self.loading_to_repeat: Loading | None = None  # of a checkpoint
         self._seen_batches: dict[int, int] = {}  # of each loader, over all runs since the loaders were asked for
 
     @property
@@ -48,12 +51,23 @@ class EvaluationLoop:
     def load_data(self, force: bool = False) -> None:
         """Ask for the loaders, again only when `reload_dataloaders_every_n_epochs` says so."""
         every, epoch = self.trainer.reload_dataloaders_every_n_epochs, self.trainer.current_epoch
-        due = bool(every) and self._loaded_epoch is not None and epoch - self._loaded_epoch >= every
-        if self.stream is None or force or due:
-            limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
+        due = bool(every) and self.loading is not None and epoch - self.loading.epoch >= every
+        if not (self.stream is None or force or due):
+            return
+        self.close()
+        limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
+        again, self.loading_to_repeat = self.loading_to_repeat, None
+        self.loading = again or Loading.now(epoch)
+        with nullcontext() if again is None else again.repeated(self.trainer):
             self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], limit)
-            self._loaded_epoch = epoch
-            self._seen_batches = {}
+        self._seen_batches = {}
+        if again is not None and again.resting is not None and self.stream is not None:
+            self.stream.load_resting_state(again.resting)
+
+    def close(self) -> None:
+        """Let loader workers go."""
+        if self.stream is not None:
+            self.stream.close()
 
     def run(self, max_batches: int | None = None) -> list[dict[str, float]]:
         """One pass over the loaders. Returns one dict of metrics per loader."""
@@ -74,6 +88,8 @@ class EvaluationLoop:
                 per_loader = self._run_batches(stream, max_batches)
                 trainer.call(f"on_{stage}_epoch_end")
                 results = self._publish(per_loader)
+                if trainer.validating and trainer.state.fn == "fit":
+                    trainer.fit_loop.validated()
                 trainer.call(f"on_{stage}_end")
         finally:  # a signal may cut it short; what is saved then is the state of training
             trainer.metrics.end_evaluation(interrupted)

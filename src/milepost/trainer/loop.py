@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from milepost.data.rng import RngState
+from milepost.data.rng import RngState, isolated_rng
 from milepost.errors import MisconfigurationException, SIGTERMException
-from milepost.trainer.optimization import Optimization
+from milepost.trainer.loading import Loading
+from milepost.trainer.optimization import Optimization, Reached
 from milepost.trainer.preflight import check_checkpoint
 from milepost.trainer.progress import FitProgress, Phase
 from milepost.trainer.signals import save_for_requeue
 from milepost.trainer.sources import training_stream
+from milepost.trainer.standing import BeforeBatch, Standing, callback_states, saves_on_exception
 
 if TYPE_CHECKING:
     from milepost.data.stream import BatchStream
+    from milepost.trainer.buffers import Marks
     from milepost.trainer.trainer import Trainer
 
 
@@ -34,22 +37,29 @@ class FitLoop:
         self.rng_state: RngState | None = None  # of a checkpoint, until the loop goes on
         self.resumed: Phase | None = None
         self.metrics_lost = False  # resumed from a file of Lightning, which keeps no logged values
-        self._position_before: dict[str, Any] | None = None  # of the stream, while a batch is under way
+        self.kept: Standing | None = None  # what checkpoints say of the position where the present one will not do
+        self._before: BeforeBatch | None = None  # while a batch is under way
+        self.initial_buffers: Marks = {}
+        self.loading: Loading | None = None
+        self.loading_to_repeat: Loading | None = None  # of a checkpoint
         self.val_check_batch: int | float = math.inf
-        self._loaded_epoch: int | None = None
         self._last_validation_time = 0.0
+        self._undoes = False  # an error in a batch leads to a checkpoint: random state is kept from before each
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         trainer = self.trainer
         resumed, self.resumed = self.resumed, None
+        if resumed is None:
+            self.kept = None
         self._load_data(force=True)
         if self.stream is None or self.stream.num_batches == 0 or (self._done() and resumed is not Phase.EPOCH_END):
             return
         torch.set_grad_enabled(True)
         if resumed is None:
             trainer.metrics.begin_training_epoch()
+        self._undoes = saves_on_exception(trainer)
         self._last_validation_time = time.monotonic()
         trainer.call("on_train_start")
         check_checkpoint(trainer)
@@ -57,6 +67,7 @@ class FitLoop:
             with trainer.profile("run_training_epoch"):
                 self._run_epoch(resumed)
             resumed = None
+        self.kept = self.kept or Standing.now(trainer)  # later hooks and the caller may move random state
         trainer.call("on_train_end")
 
     def _run_epoch(self, resumed: Phase | None) -> None:
@@ -65,10 +76,15 @@ class FitLoop:
         if resumed is not Phase.EPOCH_END:
             if resumed is Phase.BATCH_END:
                 self._finish_batch()
+            elif resumed is Phase.VALIDATED:
+                self._step_plateaus()
             while not self._epoch_done():
                 if self._run_batch():
                     break
                 self._finish_batch()
+            if not self._last_batch_reached and self._done():
+                # cut short: checkpoints from here on go on with the next batch, as if the epoch had not been ended
+                self.kept = Standing.now(self.trainer, Phase.BATCH_DONE).with_callbacks(callback_states(self.trainer))
             self._end_epoch()
         self._close_epoch()
 
@@ -89,6 +105,7 @@ class FitLoop:
         if self.rng_state is not None:  # last of all: making the iterator may have drawn random numbers
             self.rng_state.restore()
             self.rng_state = None
+        self.kept = None
         if not midway:
             self.phase = Phase.EPOCH_START
             trainer.call("on_train_epoch_start")
@@ -100,13 +117,14 @@ class FitLoop:
         """Train on one batch. Returns whether the rest of the epoch is to be skipped."""
         trainer, progress, stream = self.trainer, self.progress, self.stream
         assert stream is not None
-        self._position_before = stream.state_dict()
+        self._before = BeforeBatch.now(trainer, stream, self._undoes)
+        self.optimization.reached = Reached.NOTHING
         try:
             with trainer.profile("[FitLoop].train_dataloader_next"):
                 batch, batch_idx, _ = next(stream)
         except StopIteration:  # a loader of unknown length that was shorter than it said
             progress.batch.is_last_batch = True
-            self._position_before = None
+            self._before = None
             return True
         except RuntimeError:
             if not trainer.received_sigterm:
@@ -127,7 +145,7 @@ class FitLoop:
                 with trainer.profile("run_training_batch"):
                     outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
         progress.batch.add("processed")
-        self._position_before = None
+        self._before, self.phase = None, Phase.BATCH_END
         if not self.accumulating:
             self.optimization.step_schedulers("step", plateau=False, index=batch_idx + 1)
         if self._last_batch_reached:
@@ -147,14 +165,24 @@ class FitLoop:
         trainer, progress = self.trainer, self.progress
         if progress.batch.current.completed < progress.batch.current.processed:
             progress.batch.add("completed")  # resumed from inside on_train_batch_end
-        self.phase = Phase.BATCH_DONE
+            trainer.reports.step(self.accumulating)
         if self._validation_due():
             if not self.accumulating:
                 trainer.lightning_module.on_validation_model_zero_grad()
             self._validate()
+        self._step_plateaus()
+
+    def validated(self) -> None:
+        """Told by the validation: only ``on_validation_end`` is still to come."""
+        self.kept, self.phase = None, Phase.VALIDATED
+
+    def _step_plateaus(self) -> None:
+        trainer, progress = self.trainer, self.progress
+        self.kept = None
         if not self.accumulating:
             self.optimization.step_schedulers("step", plateau=True, index=progress.batch.current.ready)
             progress.batches_that_stepped += 1
+        self.phase = Phase.BATCH_DONE
         if trainer.should_stop:
             for logger in trainer.loggers:
                 logger.save()
@@ -162,13 +190,10 @@ class FitLoop:
             self._stop_for_signal()
 
     def _validate(self) -> None:
-        before = RngState.capture()
+        self.kept = Standing.now(self.trainer, Phase.BATCH_END)  # what is saved in there begins the validation again
         try:
             self.trainer.run_validation()
-        except SIGTERMException:
-            # Cut short between two of its batches: a resumed run does all of it again, from the same random state.
-            self.phase = Phase.BATCH_END
-            before.restore()
+        except SIGTERMException:  # cut short between two of its batches
             self._stop_for_signal()
         self._last_validation_time = time.monotonic()
 
@@ -212,16 +237,20 @@ class FitLoop:
         finally:
             module._current_hook = hook
 
-    @property
-    def interrupted_in_batch(self) -> bool:
-        """Whether a batch has been begun and not finished: an exception is being handled."""
-        return self.progress.batch.current.processed < self.progress.batch.current.ready
+    def standing(self) -> Standing:
+        """The point from which a checkpoint written now goes on."""
+        if self.kept is not None:
+            return self.kept
+        return Standing.now(self.trainer) if self._before is None else self._before.standing(self.trainer)
 
-    def data_position(self) -> dict[str, Any] | None:
-        """Where in the data a resumed run goes on: after the last batch that was finished."""
-        if self.stream is None or self.phase not in (Phase.BATCH_END, Phase.BATCH_DONE):
-            return None
-        return self._position_before or self.stream.state_dict()
+    def altered(self) -> list[str]:
+        """What the batch under way has changed already, if a checkpoint is written inside it."""
+        return [] if self._before is None or self.kept is not None else self._before.altered(self.trainer)
+
+    def data_position(self, phase: Phase) -> dict[str, Any] | None:
+        """Where in the data a resumed run goes on: after the last batch that was finished. None between epochs."""
+        between = phase in (Phase.BETWEEN_EPOCHS, Phase.EPOCH_END)
+        return None if self.stream is None or between else self.stream.state_dict()
 
     @property
     def gradients_pending(self) -> bool:
@@ -298,18 +327,35 @@ class FitLoop:
     # ---- data ----------------------------------------------------------------------------------------------------
 
     def _load_data(self, force: bool = False) -> None:
-        trainer = self.trainer
-        epoch = self.progress.epoch.current.processed
-        every = trainer.reload_dataloaders_every_n_epochs
-        due = bool(every) and self._loaded_epoch is not None and epoch - self._loaded_epoch >= every
-        if not (force or due or self._loaded_epoch is None):
+        epoch, every = self.progress.epoch.current.processed, self.trainer.reload_dataloaders_every_n_epochs
+        due = bool(every) and self.loading is not None and epoch - self.loading.epoch >= every
+        if not (force or due or self.loading is None):
             return
-        if self.stream is not None and (due or force):
+        if self.stream is not None:
             self.stream.close()
-        self.stream = training_stream(trainer)
-        self._loaded_epoch = epoch
+        loading, self.loading_to_repeat = self.loading_to_repeat, None
+        if loading is None:
+            self.loading = Loading.now(epoch)
+            self.stream = training_stream(self.trainer)
+        else:
+            self._load_data_again(loading, due=bool(every) and epoch - loading.epoch >= every)
         if self.stream is not None:
             self.val_check_batch = self._val_check_batch(self.stream.num_batches)
+
+    def _load_data_again(self, loading: Loading, due: bool) -> None:
+        """Resumed: get the loaders that the run had, or, where it was about to ask for new ones, those."""
+        if due and self.phase is Phase.BETWEEN_EPOCHS and self.rng_state is not None:
+            self.loading = Loading(self.progress.epoch.current.processed, self.rng_state)
+            with isolated_rng():
+                self.rng_state.restore()
+                self.stream = training_stream(self.trainer)
+                self.rng_state = RngState.capture()
+            return
+        with loading.repeated(self.trainer):
+            self.stream = training_stream(self.trainer)
+        self.loading = loading
+        if self.stream is not None and loading.resting is not None:
+            self.stream.load_resting_state(loading.resting)
 
     def _val_check_batch(self, batches: int | float) -> int | float:
         trainer = self.trainer

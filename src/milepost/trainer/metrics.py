@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torchmetrics import Metric
 
 from milepost.errors import MisconfigurationException
+from milepost.trainer.metric_state import metric_paths, metrics_by_path
 from milepost.trainer.transfer import map_tensors
 
 _STEP_HOOKS = frozenset(
@@ -66,7 +69,6 @@ class _Entry:
     prog_bar: bool
     logger: bool
     reduction: str
-    attribute: str | None = None
     options: LogOptions | None = None
     value: torch.Tensor | None = None  # of the last step
     total: torch.Tensor | None = None  # running reduction
@@ -122,26 +124,31 @@ class EpochMetrics:
             if entry.loader == self.loader and (value := entry.shown_value(in_batch)) is not None:
                 yield entry, entry.shown_name(in_batch), value
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The running reductions and the states of torchmetrics objects, as plain values and tensors."""
+    def state_dict(self, paths: dict[int, str]) -> list[dict[str, Any]]:
+        """The running reductions, as plain values and tensors.
+
+        Args:
+            paths: where each metric object stands in the module, by id: there it is found again.
+        """
         return [
             {
                 "hook": hook, "key": e.name, "on_step": e.on_step, "on_epoch": e.on_epoch, "prog_bar": e.prog_bar,
-                "logger": e.logger, "reduction": e.reduction, "total": e.total, "weight": e.weight, "value": e.value,
-                "step": e.step, "attribute": e.attribute, "metric": _metric_state(e.metric),
+                "logger": e.logger, "reduction": e.reduction, "total": _detached(e.total), "weight": e.weight,
+                "value": _detached(e.value), "step": e.step, "metric": e.metric and paths.get(id(e.metric)),
             }
             for (hook, _, _), e in self.entries.items()
-            if e.metric is None or e.attribute is not None
+            if e.metric is None or id(e.metric) in paths
         ]  # fmt: skip
 
     def load_state_dict(self, state: list[dict[str, Any]], module: torch.nn.Module) -> None:
+        """Put back what `state_dict` returned; what the metric objects in `module` hold is put back elsewhere."""
+        metrics = metrics_by_path(module)
         for item in state:
             fields = dict(item)
-            hook, name, metric = fields.pop("hook"), fields.pop("key"), fields.pop("metric", None)
-            entry = _Entry(name=name, suffix="", loader=None, **fields)
-            if metric is not None:
-                entry.metric = _restored_metric(module, entry.attribute or "", metric)
-            self.entries[(hook, name, "")] = entry
+            hook, name = fields.pop("hook"), fields.pop("key")
+            fields["metric"] = metrics.get(fields["metric"] or "")
+            fields["total"], fields["value"] = (_on(module, fields[key]) for key in ("total", "value"))
+            self.entries[(hook, name, "")] = _Entry(name=name, suffix="", loader=None, **fields)
 
 
 class Metrics:
@@ -162,6 +169,7 @@ class Metrics:
         self._stale = False
         self._batch: Any = None
         self._batch_size: int | None = None
+        self._unsaved: set[str] = set()  # keys of metric objects that no checkpoint can hold, once told
 
     # ---- the views -----------------------------------------------------------------------------------------------
 
@@ -293,8 +301,7 @@ class Metrics:
             )
         entry.options = options
         if isinstance(value, Metric):
-            if entry.metric is not value:
-                entry.metric, entry.attribute = value, options.metric_attribute or _attribute_of(module, value)
+            entry.metric = value
             last = getattr(value, "_forward_cache", None)
             entry.value = last.detach() if isinstance(last, torch.Tensor) else None
         else:
@@ -310,9 +317,33 @@ class Metrics:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def mark(self) -> Metrics:
+        """A copy of the present state, cheap: values are replaced and never written to."""
+        marked = copy.copy(self)
+        for view in ("_callback", "_logged", "_progress_bar", "_steps"):
+            setattr(marked, view, dict(getattr(self, view)))
+        marked.training = copy.copy(self.training)
+        marked.training.entries = {key: copy.copy(entry) for key, entry in self.training.entries.items()}
+        marked.current = marked.training
+        return marked
+
+    def evaluated_objects(self) -> set[int]:
+        """Ids of the metric objects of an evaluation that is under way: they are reset at its end."""
+        return set() if self.current is self.training else {id(e.metric) for e in self.current.entries.values()}
+
+    def state_dict(self, module: torch.nn.Module) -> dict[str, Any]:
+        """All but what metric objects in `module` hold themselves, as plain values and tensors."""
+        paths = metric_paths(module)
+        for entry in self.training.entries.values():
+            if entry.metric is not None and id(entry.metric) not in paths and entry.name not in self._unsaved:
+                self._unsaved.add(entry.name)
+                warnings.warn(
+                    f"The metric logged as {entry.name!r} is no attribute of {type(module).__name__}, so what it has"
+                    " accumulated is not in the checkpoint. Assign it to `self` in __init__.",
+                    stacklevel=2,
+                )
         return {
-            "epoch": self.training.state_dict(),
+            "epoch": self.training.state_dict(paths),
             "in_batch": self.training.in_batch,
             "callback": dict(self.callback),
             "logged": dict(self.logged),
@@ -397,25 +428,10 @@ def _first_length(batch: Any) -> int:
     return found[0] if found else 1
 
 
-def _attribute_of(module: torch.nn.Module, metric: Metric) -> str | None:
-    """Where in `module` `metric` hangs, so that a checkpoint can hold its state; None where it does not."""
-    return next((name for name, part in module.named_modules() if part is metric), None)
+def _detached(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.detach()
 
 
-def _metric_state(metric: Metric | None) -> dict[str, Any] | None:
-    if metric is None:
-        return None
-    return {"update_count": metric.update_count, "values": dict(metric.metric_state)}
-
-
-def _restored_metric(module: torch.nn.Module, attribute: str, state: dict[str, Any]) -> Metric | None:
-    try:
-        metric = module.get_submodule(attribute)
-    except AttributeError:
-        return None
-    if not isinstance(metric, Metric):
-        return None
-    for name, value in state["values"].items():
-        setattr(metric, name, value)
-    metric._update_count = state["update_count"]
-    return metric
+def _on(module: torch.nn.Module, value: torch.Tensor | None) -> torch.Tensor | None:
+    first = next(module.parameters(), None)
+    return value if value is None or first is None else value.to(first.device)

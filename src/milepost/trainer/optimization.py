@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,15 @@ from milepost.trainer.progress import FitProgress
 if TYPE_CHECKING:
     from milepost.trainer.module import Module
     from milepost.trainer.trainer import Trainer
+
+
+class Reached(Enum):
+    """How far the optimization of the present batch has come."""
+
+    NOTHING = 0
+    FORWARD = 1
+    BACKWARD = 2
+    STEP = 3
 
 
 def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
@@ -131,6 +141,7 @@ class Optimization:
         self._trainer = trainer
         self._progress = progress
         self.steppers: list[Stepper] = []
+        self.reached = Reached.NOTHING
         self._last_output: Any = None
 
     def attach(self, optimizers: list[Optimizer]) -> None:
@@ -163,6 +174,7 @@ class Optimization:
 
     def _training_step(self, batch: Any, batch_idx: int) -> Any:
         trainer = self._trainer
+        self.reached = Reached.FORWARD
         with (
             trainer.precision_plugin.forward_context(),
             trainer.in_hook("training_step"),
@@ -204,6 +216,7 @@ class Optimization:
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         trainer = self._trainer
+        self.reached = Reached.BACKWARD
         scaled = trainer.precision_plugin.scale(loss)
         trainer.call("on_before_backward", scaled)
         with trainer.profile("backward", trainer.strategy):
@@ -227,6 +240,7 @@ class Optimization:
                     module.configure_gradient_clipping(
                         optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
                     )
+            self.reached = Reached.STEP
 
         return trainer.precision_plugin.step(optimizer, closure or (lambda: None), before_step, **kwargs)
 

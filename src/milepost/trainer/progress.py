@@ -13,6 +13,7 @@ class Phase(StrEnum):
     BETWEEN_EPOCHS = "between_epochs"  # before the first epoch, or after the last hook of one
     EPOCH_START = "epoch_start"  # in on_train_epoch_start
     BATCH_END = "batch_end"  # in on_train_batch_end: validation that is due at this batch is still to come
+    VALIDATED = "validated"  # in on_validation_end: plateau schedulers of this batch are still to come
     BATCH_DONE = "batch_done"  # the batch and its validation are over
     EPOCH_END = "epoch_end"  # in on_train_epoch_end: plateau schedulers are still to come
 

@@ -9,6 +9,7 @@ import torch
 from milepost.data.rng import isolated_rng, run_seed
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer import assembly
+from milepost.trainer.buffers import mark_buffers
 from milepost.trainer.evaluation import check_step_signature
 from milepost.trainer.migration import migrate_checkpoint
 from milepost.trainer.module import Module
@@ -91,6 +92,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     trainer.reports.hyperparams(model)
     if fn == "fit":
         trainer.data_seed = run_seed()
+        trainer.fit_loop.initial_buffers = mark_buffers(model)
         if checkpoint is not None:
             restore_training(trainer, checkpoint)
         trainer.fit_loop.optimization.attach(trainer.optimizers)
@@ -142,6 +144,7 @@ def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
 def _fit(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     validation = trainer.evaluation_loops["validation"]
+    validation.close()
     validation.stream = None
     if trainer.enable_validation and trainer.num_sanity_val_steps != 0 and loop.resumed is None:
         trainer.state.stage = "sanity_check"
@@ -153,12 +156,14 @@ def _fit(trainer: Trainer) -> None:
     try:
         loop.run()
     finally:
+        validation.close()
         if loop.stream is not None:
             loop.stream.close()
 
 
 def _evaluate(trainer: Trainer, fn: str) -> Any:
     loop = trainer.evaluation_loops["validation" if fn == "validate" else fn]
+    fitted_seed = trainer.data_seed
     with isolated_rng():
         trainer.data_seed = run_seed()
         loop.load_data(force=True)
@@ -168,7 +173,11 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
                 f"`Trainer.{fn}` needs data: define `{prefix}_dataloader`, or pass dataloaders=..."
             )
         check_step_signature(trainer.lightning_module, loop.stage, len(loop.num_batches))
-        results = loop.run()
+        try:
+            results = loop.run()
+        finally:
+            loop.close()
+            trainer.data_seed = fitted_seed  # a checkpoint saved after this goes on with the fit
     if fn != "predict":
         return results
     return loop.predictions[0] if len(loop.predictions) == 1 else loop.predictions

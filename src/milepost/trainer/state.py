@@ -15,8 +15,12 @@ from milepost.data.rng import RngState
 from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.trainer.buffers import changed_buffers, restore_buffers
+from milepost.trainer.loading import Loading
+from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
+from milepost.trainer.standing import Standing, callback_keys
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
@@ -41,26 +45,29 @@ def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | No
 
 def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     """Build the checkpoint of `trainer`'s present state. Consumes no random numbers."""
-    module = trainer.lightning_module
+    module, loop = trainer.lightning_module, trainer.fit_loop
+    standing = loop.standing()
     checkpoint: dict[str, Any] = {
-        "epoch": trainer.current_epoch,
+        "epoch": standing.epoch,
         "global_step": trainer.global_step,
         VERSION_KEY: CONTRACT_VERSION,
         "state_dict": without_compile_prefix(module.state_dict()),
         "loops": {
-            "fit_loop": trainer.fit_loop.progress.state_dict(),
+            "fit_loop": standing.loops,
             "validate_loop": evaluation_state(),
             "test_loop": evaluation_state(),
             "predict_loop": prediction_state(),
         },
     }
     if not weights_only:
-        checkpoint["callbacks"] = callback_states(trainer)
+        checkpoint["callbacks"] = {
+            key: state for key, callback in callback_keys(trainer) if (state := standing.callback_state(key, callback))
+        }
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[trainer.precision_plugin.state_key] = precision
-        checkpoint["milepost"] = _exact_state(trainer)
+        checkpoint["milepost"] = {**standing.exact, **_beside_position(trainer)}
     _dump_hyper_parameters(checkpoint, module, "")
     if trainer.datamodule is not None:
         _dump_hyper_parameters(checkpoint, trainer.datamodule, "datamodule_")
@@ -76,39 +83,19 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def _exact_state(trainer: Trainer) -> dict[str, Any]:
-    loop = trainer.fit_loop
-    state: dict[str, Any] = {
-        "version": 1,
-        "phase": str(loop.phase),
-        "world_size": trainer.world_size,
-        "data_seed": trainer.data_seed,
-        "rng": RngState.capture().state_dict(),
-        "metrics": trainer.metrics.state_dict(),
-    }
-    if (data := loop.data_position()) is not None:
-        state["data"] = data
-    if loop.interrupted_in_batch:
-        state["interrupted_in_batch"] = True
-    module = trainer.lightning_module
+def _beside_position(trainer: Trainer) -> dict[str, Any]:
+    """What the model's own ``state_dict`` and the optimizers' leave out."""
+    loop, module = trainer.fit_loop, trainer.lightning_module
+    state: dict[str, Any] = {}
+    if changed := changed_buffers(module, loop.initial_buffers):
+        state["buffers"] = changed
+    if altered := loop.altered():
+        state["altered"] = altered
     if loop.gradients_pending or not module.automatic_optimization:
-        state["gradients"] = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        state["gradients"] = without_compile_prefix(
+            {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        )
     return state
-
-
-def callback_keys(trainer: Trainer) -> list[tuple[str, Any]]:
-    """Every callback with the key of its state. A second callback with the same key gets ``#2``."""
-    seen: dict[str, int] = {}
-    keyed = []
-    for callback in trainer.callbacks:
-        key = callback.state_key
-        seen[key] = seen.get(key, 0) + 1
-        keyed.append((key if seen[key] == 1 else f"{key}#{seen[key]}", callback))
-    return keyed
-
-
-def callback_states(trainer: Trainer) -> dict[str, Any]:
-    return {key: state for key, callback in callback_keys(trainer) if (state := callback.state_dict())}
 
 
 def _dump_hyper_parameters(checkpoint: dict[str, Any], owner: Any, prefix: str) -> None:
@@ -173,7 +160,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
     loop.metrics_lost = exact is None
     if exact:
-        _restore_exactly(trainer, exact)
+        _restore_exactly(trainer, checkpoint)
     elif loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
         loop.stream_state = {"batches_seen": loop.progress.batch.current.processed}
         trainer.warn_once(
@@ -182,19 +169,25 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def _restore_exactly(trainer: Trainer, exact: dict[str, Any]) -> None:
-    loop = trainer.fit_loop
+def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    loop, module, exact = trainer.fit_loop, trainer.lightning_module, checkpoint["milepost"]
     trainer.data_seed = exact["data_seed"]
-    trainer.metrics.load_state_dict(exact["metrics"], trainer.lightning_module)
-    if exact.get("interrupted_in_batch"):
-        loop.progress.batch.forget_unfinished()
+    trainer.metrics.load_state_dict(exact["metrics"], module)
+    restore_metric_states(module, exact.get("metric_objects", {}))
+    restore_buffers(module, exact.get("buffers", {}))
+    if altered := exact.get("altered"):
         trainer.warn_once(
-            "The checkpoint was written when an error had interrupted a batch: that batch is trained on again, but "
-            "with the random state of the interruption, so the run is not bit for bit the unbroken one."
+            f"The checkpoint was written when an error had interrupted a batch that had already changed"
+            f" {', '.join(altered)}. That batch is trained on again, so the run is not bit for bit the unbroken one."
+            " For that, go on from a checkpoint written at the end of a batch."
         )
+    loadings = exact.get("loaders", {})
+    for part, name in ((loop, "train"), (trainer.evaluation_loops["validation"], "val")):
+        part.loading_to_repeat = Loading.from_state_dict(loadings[name]) if name in loadings else None
     loop.stream_state = exact.get("data")
     loop.rng_state = RngState.from_state_dict(exact["rng"])
-    parameters = dict(trainer.lightning_module.named_parameters())
+    loop.kept = Standing(checkpoint["epoch"], checkpoint["loops"]["fit_loop"], exact)  # until it goes on
+    parameters = {name.replace(_COMPILED, ""): p for name, p in module.named_parameters()}
     for name, gradient in exact.get("gradients", {}).items():
         if name in parameters:
             parameters[name].grad = gradient.to(parameters[name].device)
