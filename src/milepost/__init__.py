@@ -13,5 +13,6 @@ _NAMES = {
     "Callback": "milepost.callbacks.callback",
     "seed_everything": "milepost.data.rng",
 }
+_PARTS = ("callbacks", "loggers", "plugins", "profilers", "strategies", "utilities")  # `pl.callbacks`, as users write
 __all__ = ["__version__", *sorted(_NAMES)]
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES, _PARTS)

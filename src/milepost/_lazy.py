@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` for `package`, where `names` maps a public name to its module."""
+def lazy_names(
+    package: str, names: Mapping[str, str], parts: Collection[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` for `package`: `names` maps public names to modules, `parts` are modules."""
 
     def __getattr__(name: str) -> Any:
+        if name in parts:
+            return importlib.import_module(f"{package}.{name}")
         module = names.get(name)
         if module is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(module), name)
 
     def __dir__() -> list[str]:
-        return sorted(names)
+        return sorted([*names, *parts])
 
     return __getattr__, __dir__
