@@ -10,7 +10,7 @@ from typing import Any
 def lazy_names(
     package: str, names: Mapping[str, str], parts: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` for `package`: `names` maps public names to modules, `parts` are modules."""
+    """Return ``__getattr__`` and ``__dir__`` of `package`: `names` maps public names to modules, `parts` are such."""
 
     def __getattr__(name: str) -> Any:
         if name in parts:
