@@ -128,6 +128,7 @@ class CheckpointSaveError(CheckpointError, OSError):
     Attributes:
         path: the destination.
         step: ``global_step`` of the checkpoint, or None where it has none.
+        others: further saves in the background that failed and are reported with this one.
     """
 
     kind = "save_failed"
@@ -136,6 +137,7 @@ class CheckpointSaveError(CheckpointError, OSError):
         super().__init__(message)
         self.path = path
         self.step = step
+        self.others: tuple[CheckpointSaveError, ...] = ()
 
 
 class SIGTERMException(SystemExit):

@@ -477,6 +477,33 @@ def test_genuine_trees_run_nothing_either(watch: None) -> None:
     load_hostile([{"path": ["a"], "value": item["value"]} for item in GENUINE])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_of_a_class_imports_or_makes_anything_else(watch: None, name: str) -> None:
+    one: Any = {"type": "plain", "value": 1}
+    for form in (
+        {"type": "enum", "class": name, "value": ["RED"]},
+        {"type": "enum", "class": name, "value": []},
+        {"type": "namedtuple", "class": name, "value": [one, one]},
+        {"type": "dataclass", "class": name, "value": [["path", one]]},
+        {"type": "dict", "class": name, "value": [[one, one]], "attributes": []},
+    ):
+        load_hostile([{"path": ["a"], "value": form}])
+
+
+def test_a_path_does_not_lead_into_what_was_made(watch: None) -> None:
+    config: Any = {"type": "dict", "class": f"{__name__}:Config", "value": [], "attributes": []}
+    config["value"] = [[{"type": "plain", "value": "k"}, {"type": "plain", "value": 1}]]
+    load_hostile([{"path": ["a"], "value": config}, {"path": ["a", "k"], "value": {"type": "plain", "value": 2}}])
+
+
+@pytest.mark.parametrize("data", [["1e9999999999"], ["1", 2], [1.5], [1, 0]])
+def test_a_fraction_of_text_is_refused_before_it_is_computed(data: Any) -> None:
+    with pytest.raises(CheckpointFormatError):
+        values.from_plain(
+            {"a": 1, "milepost": {"values": [{"path": ["a"], "value": {"type": "Fraction", "value": data}}]}}
+        )
+
+
 @pytest.mark.parametrize("field", ["trap", "__class__", "path", "__dict__"])
 def test_attributes_go_past_setters(watch: None, field: str) -> None:
     form = {"type": "dataclass", "class": f"{__name__}:Armed", "value": [[field, {"type": "plain", "value": "x"}]]}

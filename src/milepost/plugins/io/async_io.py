@@ -1,64 +1,81 @@
-"""Saving in the background: a snapshot on the caller's thread, the rest on one worker, in order."""
+"""Saving in the background: a snapshot on the caller's thread, the rest on others, in order for each path."""
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from milepost.errors import CheckpointSaveError, MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.plugins.io.snapshot import snapshot
 from milepost.plugins.io.torch_io import TorchCheckpointIO
 
 
 class AsyncSave:
-    """Handle of a save in the background."""
+    """Handle of a save, or of a removal behind it, in the background."""
 
-    def __init__(self, path: str, step: int | None, future: Future[Any]) -> None:
+    def __init__(self, path: str, step: int | None, *, removes: bool = False) -> None:
         self.path = path
         self.step = step
-        self._future = future
+        self._removes = removes
+        self._key = _key(path)
+        self._future: Future[Any] = Future()
         self._reported = False
+        self._lock = threading.Lock()
 
     def done(self) -> bool:
         return self._future.done()
 
-    @property
-    def failed(self) -> bool:
-        """Whether the save has ended badly, also where somebody else was told of it."""
-        return self.done() and self._future.exception() is not None
-
     def result(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint is durable; raise what the save failed with, once."""
-        error = self._future.exception(timeout)
-        if error is None or self._reported:
-            return
-        self._reported = True
-        if isinstance(error, CheckpointSaveError):
+        self._future.exception(timeout)
+        if (error := self._take_error()) is not None:
             raise error
-        raise CheckpointSaveError(
-            f"Saving the checkpoint of step {self.step} to {self.path!r} in the background failed: "
-            f"{type(error).__name__}: {error}",
+
+    def _failed(self) -> bool:
+        return self.done() and self._future.exception() is not None and not self._reported
+
+    def _take_error(self) -> CheckpointSaveError | None:
+        """What it failed with, to whoever asks first."""
+        with self._lock:
+            if not self._failed():
+                return None
+            self._reported = True
+        error = self._future.exception()
+        if isinstance(error, CheckpointSaveError):
+            return error
+        what = "Removing the checkpoint at" if self._removes else f"Saving the checkpoint of step {self.step} to"
+        made = CheckpointSaveError(
+            f"{what} {self.path!r} in the background failed: {type(error).__name__}: {error}",
             path=self.path,
             step=self.step,
-        ) from error
+        )
+        made.__cause__ = error
+        return made
 
 
 class AsyncCheckpointIO(CheckpointIO):
     """Wraps another CheckpointIO and removes the wait from its saves.
 
     `save_checkpoint` copies the state (tensors to host memory, arrays and containers too, tied tensors tied) and
-    returns a handle; loads, removals and other questions about a path wait for what is under way.
+    returns a handle. Saves of one path keep their order. A load, or another question about a path, waits for what is
+    under way for that path only. A removal happens once all saves asked for before it have ended, and only if none of
+    them failed: what was to be replaced stays until its replacement is there.
+
+    A failed save raises once: from its handle, or at the next save, at the load of its path, at `wait` or at
+    `teardown`, whichever comes first. Where several failed, the first is raised, with the others in its ``others``.
 
     Args:
-        checkpoint_io: what writes; a `TorchCheckpointIO` by default.
-        max_pending: saves under way at most; one more waits for the oldest. Memory is bounded by this many snapshots.
+        checkpoint_io: what writes; a `TorchCheckpointIO` by default. Its methods may be called for different paths at
+            once, in up to ``max_pending + 1`` threads.
+        max_pending: saves under way at most; one more waits for a place before it copies. Memory is bounded by this
+            many snapshots.
 
     Raises:
         MisconfigurationException: `checkpoint_io` lacks a method of a CheckpointIO, or `max_pending` is below 1.
@@ -69,8 +86,8 @@ class AsyncCheckpointIO(CheckpointIO):
             raise MisconfigurationException(f"max_pending={max_pending} must be at least 1.")
         self.checkpoint_io = TorchCheckpointIO() if checkpoint_io is None else checkpoint_io
         self._max_pending = max_pending
-        self._pending: list[AsyncSave] = []
-        self._worker: ThreadPoolExecutor | None = None
+        self._begun: list[AsyncSave] = []  # in the order they were asked for, until they have ended and been reported
+        self._workers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
     @property
@@ -85,6 +102,8 @@ class AsyncCheckpointIO(CheckpointIO):
             )
         self._checkpoint_io = inner
 
+    # ---- in the background -----------------------------------------------------------------------------------------
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> AsyncSave:
         """Take a snapshot and write it in the background.
 
@@ -92,113 +111,138 @@ class AsyncCheckpointIO(CheckpointIO):
             CheckpointSaveError: an earlier save failed and has not been reported yet; this one is then not begun.
         """
         self._report_ended()
-        while len(self._pending) >= self._max_pending:
-            self._take_oldest().result()
-        frozen = snapshot(checkpoint)
+        while len(under_way := self._under_way(saves=True)) >= self._max_pending:
+            wait_for([save._future for save in under_way], return_when=FIRST_COMPLETED)
+            self._report_ended()
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
-        future = self._submit(lambda: io_calls.save(self.checkpoint_io, frozen, path, storage_options).result())
-        handle = AsyncSave(str(path), step, future)
-        with self._lock:
-            self._pending.append(handle)
-        return handle
+        save = AsyncSave(str(path), step)
+        frozen = [snapshot(checkpoint)]  # taken out where it is written, so that it is gone when that has ended
+        before = self._under_way(save._key)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        loaded: dict[str, Any] = self._in_order(
-            lambda: io_calls.load(self.checkpoint_io, path, map_location=map_location, weights_only=weights_only)
-        )
-        return loaded
+        def work() -> None:
+            _wait_for(before)
+            io_calls.save(self.checkpoint_io, frozen.pop(), path, storage_options).result()
+
+        return self._begin(save, work)
 
     def remove_checkpoint(self, path: Any) -> None:
-        self._in_order(lambda: io_calls.remove(self.checkpoint_io, path))
+        """Remove it, in the background where a save is under way."""
+        before = list(self._begun)
+        if all(save.done() for save in before):
+            io_calls.remove(self.checkpoint_io, path)
+            return
+
+        def work() -> None:
+            _wait_for(before)
+            if not any(save._failed() for save in before):
+                io_calls.remove(self.checkpoint_io, path)
+
+        self._begin(AsyncSave(str(path), None, removes=True), work)
+
+    def _begin(self, save: AsyncSave, work: Callable[[], None]) -> AsyncSave:
+        if self._workers is None:
+            # Begun in the order of asking, so what a task waits for always has a thread. One more for removals.
+            self._workers = ThreadPoolExecutor(self._max_pending + 1, thread_name_prefix="milepost-save")
+        with self._lock:
+            self._begun.append(save)
+        self._workers.submit(_run, work, save._future)
+        return save
+
+    # ---- right here, once what is under way for the path has ended ------------------------------------------------
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load what was last asked to be saved there.
+
+        Raises:
+            CheckpointSaveError: that save failed, and this has not been reported yet.
+        """
+        self._settle(path)
+        self._report(save for save in self._begun if save._key == _key(path))
+        return io_calls.load(self.checkpoint_io, path, map_location=map_location, weights_only=weights_only)
 
     def exists(self, path: Any) -> bool:
-        return bool(self._in_order(lambda: io_calls.exists(self.checkpoint_io, path)))
+        self._settle(path)
+        return bool(io_calls.exists(self.checkpoint_io, path))
 
     def list(self, directory: Any) -> Any:
-        return self._in_order(lambda: io_calls.list_checkpoints(self.checkpoint_io, directory)) or []
+        _wait_for(self._under_way())
+        return io_calls.list_checkpoints(self.checkpoint_io, directory) or []
 
     def verify(self, path: Any) -> str | None:
-        found: str | None = self._in_order(lambda: io_calls.verify(self.checkpoint_io, path))
-        return found
-
-    def probe(self, directory: Any) -> int | None:
-        return io_calls.probe(self.checkpoint_io, directory)
+        self._settle(path)
+        return io_calls.verify(self.checkpoint_io, path)
 
     def link(self, source: Any, target: Any) -> bool:
-        return bool(self._in_order(lambda: io_calls.link(self.checkpoint_io, source, target)))
+        self._settle(source)
+        self._settle(target)
+        return bool(io_calls.link(self.checkpoint_io, source, target))
 
     def check(self, checkpoint: dict[str, Any]) -> None:
         io_calls.check(self.checkpoint_io, checkpoint)
 
     def wait(self) -> None:
-        """Wait for every save under way. Raises the first failure that has not been reported; none is raised twice."""
-        while self._pending:
-            self._take_oldest().result()
-        io_calls.wait(self.checkpoint_io)
+        """Wait for all that is under way. Raises failures that have not been reported; none is raised twice."""
+        _wait_for(self._under_way())
+        try:
+            self._report_ended()
+        finally:
+            io_calls.wait(self.checkpoint_io)
 
     def teardown(self) -> None:
-        """Finish, stop the worker and tear the inner plugin down, whatever fails. Another run may follow."""
+        """Finish, stop the threads and tear the inner plugin down, whatever fails. Another run may follow."""
         try:
             self.wait()
         finally:
-            worker, self._worker = self._worker, None
-            if worker is not None:
-                worker.shutdown(wait=True)
+            workers, self._workers = self._workers, None
+            if workers is not None:
+                workers.shutdown(wait=True)
             io_calls.teardown(self.checkpoint_io)
 
-    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="milepost-save")
-        return self._worker.submit(work)
+    def _settle(self, path: Any) -> None:
+        _wait_for(self._under_way(_key(path)))
 
-    def _in_order(self, work: Callable[[], Any]) -> Any:
-        """Run `work` after all that was asked for before it: on the one worker while it is busy, else right here."""
-        if self._worker is None or all(save.done() for save in self._pending):
-            return work()
-        return self._submit(work).result()
+    def _under_way(self, key: str | None = None, *, saves: bool = False) -> Any:
+        """What has not ended: of one path or all, saves only or removals too."""
+        return [
+            save
+            for save in tuple(self._begun)
+            if not save.done() and key in (None, save._key) and not (saves and save._removes)
+        ]
 
     def _report_ended(self) -> None:
-        while self._pending and self._pending[0].done():
-            self._take_oldest().result()
-
-    def _take_oldest(self) -> AsyncSave:
         with self._lock:
-            return self._pending.pop(0)
+            ended = [save for save in self._begun if save.done()]
+            self._begun = [save for save in self._begun if save not in ended]
+        self._report(ended)
+
+    def _report(self, ended: Iterable[AsyncSave]) -> None:
+        errors = [error for save in ended if (error := save._take_error()) is not None]
+        if errors:
+            first, *others = errors
+            first.others = tuple(others)
+            for other in others:
+                first.add_note(f"Failed as well: {other}")
+            raise first
 
 
-def snapshot(state: Any) -> Any:
-    """A copy of `state` that nothing done later can change: tensors on the CPU, one copy for each shared storage."""
-    copies: dict[int, torch.UntypedStorage] = {}
-    memo: dict[int, Any] = {}
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return _copied(value, copies)
-        if type(value) in (dict, list, tuple):
-            if type(value) is dict:
-                return {key: visit(item) for key, item in value.items()}
-            return type(value)(visit(item) for item in value)
-        if isinstance(value, OrderedDict) and all(isinstance(v, torch.Tensor) for v in value.values()):
-            rebuilt = OrderedDict((key, visit(item)) for key, item in value.items())
-            if hasattr(value, "_metadata"):  # a state dict's versions, which loading reads
-                rebuilt._metadata = copy.deepcopy(value._metadata)  # type: ignore[attr-defined]
-            return rebuilt
-        return copy.deepcopy(value, memo)
-
-    return visit(state)
+def _run(work: Callable[[], None], future: Future[Any]) -> None:
+    try:
+        work()
+    except BaseException as error:  # whatever it is, the caller's thread is to see it
+        cause: BaseException | None = error
+        while cause is not None:  # frames of the save would keep the whole snapshot alive until somebody asks
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
-def _copied(tensor: torch.Tensor, copies: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided or (
-        type(tensor) is not torch.Tensor and not isinstance(tensor, torch.nn.Parameter)
-    ):
-        return tensor.clone().cpu()
-    storage = tensor.untyped_storage()
-    key = storage.data_ptr()
-    if key == 0 or tensor.is_conj() or tensor.is_neg():  # lazy bits that a view of the storage would lose
-        return tensor.clone().cpu()
-    if key not in copies:
-        copies[key] = storage.cpu() if storage.device.type != "cpu" else storage.clone()  # type: ignore[no-untyped-call]
-    made = torch.empty(0, dtype=tensor.dtype)
-    return made.set_(copies[key], tensor.storage_offset(), tensor.size(), tensor.stride())
+def _wait_for(saves: Iterable[AsyncSave]) -> None:
+    wait_for([save._future for save in saves])
+
+
+def _key(path: Any) -> str:
+    """One key for each place: local paths however they are spelt. A link there is replaced, not followed."""
+    place = Path(name := str(path))
+    return name if "://" in name else str(place.parent.resolve() / place.name)
