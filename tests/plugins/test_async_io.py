@@ -320,8 +320,8 @@ def test_a_save_that_finds_no_place_waits_before_it_copies(tmp_path: Path) -> No
     third.join(LONG)
     inner.gates["0"].set()
     assert io.load_checkpoint(tmp_path / "2.ckpt")["values"].tolist() == [1, 1, 1]
-    assert sorted(inner.log) == ["save 0 0", "save 1 1", "save 2 2"]
     io.teardown()
+    assert sorted(inner.log) == ["save 0 0", "save 1 1", "save 2 2"]
 
 
 # ---- what can be wrapped -----------------------------------------------------------------------------------------
