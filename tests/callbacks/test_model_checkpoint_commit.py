@@ -295,3 +295,36 @@ def test_a_plugin_that_does_nothing_ends_without_error(tmp_path: Path) -> None:
     checkpointer = ModelCheckpoint(tmp_path / "c", save_last=True)
     fit_line(tmp_path, checkpointer, plugins=Nothing(), max_epochs=3)
     assert Path(checkpointer.best_model_path).name == "epoch=2-step=12.ckpt", "a return is trusted as a success"
+
+
+def test_a_failure_that_another_save_was_told_of_is_no_commit(tmp_path: Path) -> None:
+    from milepost.plugins import AsyncCheckpointIO, TorchCheckpointIO
+
+    class Once(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:
+            if Path(path).name == "a-2.ckpt":
+                raise OSError(28, "No space left on device", str(path))
+            return super().save_checkpoint(checkpoint, path, storage_options)
+
+    arguments: dict[str, Any] = {"every_n_train_steps": 1, "save_top_k": -1, "on_save_error": "continue"}
+    first, second = (
+        ModelCheckpoint(tmp_path / "c", f"{letter}-{{step}}", auto_insert_metric_name=False, name=letter, **arguments)
+        for letter in "ab"
+    )
+    with pytest.warns(UserWarning, match=r"NOT SAVED at step 2 \(1 failed so far\).*a-2\.ckpt") as warned:
+        fit_line(tmp_path, first, second, plugins=AsyncCheckpointIO(Once()))
+    assert len(warned) == 1 == first.failed_saves + second.failed_saves
+    assert names(tmp_path / "c") == {"a-1.ckpt", "a-3.ckpt", "a-4.ckpt", *(f"b-{n}.ckpt" for n in range(1, 5))}
+    listed = [entry["path"] for entry in first.state_dict()["milepost"]["entries"]]
+    assert listed == ["a-1.ckpt", "a-3.ckpt", "a-4.ckpt"]
+
+
+def test_named_checkpointers_find_their_state_in_any_order(tmp_path: Path) -> None:
+    def named(letter: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / letter, "{step}", name=letter)
+
+    fit_line(tmp_path, named("a"), named("b"))
+    second, first = named("b"), named("a")
+    fit_line(tmp_path, second, first, ckpt_path=str(tmp_path / "b" / "step=4.ckpt"), max_epochs=2)
+    assert names(tmp_path / "a") == {"step=8.ckpt"}, "its own earlier file was retired"
+    assert names(tmp_path / "b") == {"step=4.ckpt", "step=8.ckpt"}, "the source stays"

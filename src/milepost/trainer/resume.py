@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,9 +30,10 @@ def resolve_ckpt_path(
 
     Args:
         trainer: its callbacks, plugin and directories say where to look.
-        ckpt_path: a path; ``"best"`` by the first checkpointer; ``"last"``, the newest good one; ``"hpc"``, what a job
-            wrote when it was told to make way; ``"auto"``, the last or the hpc one if there is any, else a fresh start;
-            None: the hpc one under SLURM, or what an exception left; to evaluate without a model the best.
+        ckpt_path: a path; ``"best"`` by the first checkpointer; ``"last"``, the newest good one, of an earlier version
+            of the logger's where this one has none; ``"hpc"``, what a job wrote when it was told to make way;
+            ``"auto"``, the last or the hpc one if there is any, else a fresh start; None: the hpc one under SLURM, or
+            what an exception left; to evaluate without a model the best.
         model_provided: whether the caller passed a model.
 
     Raises:
@@ -45,7 +47,7 @@ def resolve_ckpt_path(
     if name == "best":
         return _best(trainer)
     if name == "last":
-        found = newest_good(trainer, _candidates(trainer))
+        found = newest_good(trainer, _candidates(trainer)) or _of_an_earlier_version(trainer, name)
         if found is None:
             places = ", ".join(_directories(trainer)) or "no directory: the trainer has no checkpointer"
             warnings.warn(f"ckpt_path='last': no good checkpoint in {places}. Starting without one", stacklevel=2)
@@ -59,7 +61,8 @@ def resolve_ckpt_path(
             )
         return found
     if name == "auto":
-        return newest_good(trainer, [*_candidates(trainer), *requeue_files(trainer.default_root_dir)])
+        here = newest_good(trainer, [*_candidates(trainer), *requeue_files(trainer.default_root_dir)])
+        return here or _of_an_earlier_version(trainer, name)
     return _path(trainer, name)
 
 
@@ -148,15 +151,43 @@ def _directories(trainer: Any) -> list[str]:
 
 
 def _candidates(trainer: Any) -> list[str]:
+    return _checkpoints_in(trainer, _directories(trainer))
+
+
+def _checkpoints_in(trainer: Any, directories: Iterable[str]) -> list[str]:
     io = trainer.strategy.checkpoint_io
     endings = {getattr(callback, "FILE_EXTENSION", ".ckpt") for callback in trainer.checkpoint_callbacks}
     found: list[str] = []
-    for directory in _directories(trainer):
+    for directory in directories:
         listed = capabilities.list_checkpoints(io, directory)
         if listed is None:
             place = Path(directory)
             listed = [str(entry) for entry in place.iterdir()] if place.is_dir() else []
         found += [p for p in listed if Path(p).suffix in endings and not Path(p).name.startswith(".") and _whole(p)]
+    return found
+
+
+def _of_an_earlier_version(trainer: Any, name: str) -> str | None:
+    """The newest good checkpoint beside the directory of this run, where the logger has numbered that one itself.
+
+    A process that is started again gets the next ``version_N``, which is empty: what it is to go on from lies in the
+    one before. A checkpointer whose `dirpath` was given, or whose logger's version has a name, means that place only.
+    """
+    default = Path(default_dirpath(trainer))
+    writes_there = any(
+        isinstance(c, ModelCheckpoint) and not c.save_weights_only and c.dirpath in (None, str(default))
+        for c in trainer.checkpoint_callbacks
+    )
+    if not writes_there or not re.fullmatch(r"version_\d+", default.parent.name):
+        return None
+    versions = [p for p in default.parent.parent.glob("version_*") if re.fullmatch(r"version_\d+", p.name)]
+    found = newest_good(trainer, _checkpoints_in(trainer, (str(version / default.name) for version in versions)))
+    if found is not None:
+        warnings.warn(
+            f"ckpt_path={name!r}: nothing to go on from in {default}. Going on from {found}, the newest of the earlier "
+            "versions. To mean one run only, give the logger its version, or the ModelCheckpoint a dirpath",
+            stacklevel=3,
+        )
     return found
 
 
