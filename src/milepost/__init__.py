@@ -11,6 +11,7 @@ _NAMES = {
     "DataModule": "milepost.trainer.datamodule",
     "LightningDataModule": "milepost.trainer.datamodule",
     "Callback": "milepost.callbacks.callback",
+    "Checkpointer": "milepost.engine.checkpointer",
     "seed_everything": "milepost.data.rng",
 }
 _PARTS = ("callbacks", "loggers", "plugins", "profilers", "strategies", "utilities")  # `pl.callbacks`, as users write

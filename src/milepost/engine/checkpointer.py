@@ -1,0 +1,216 @@
+"""`Checkpointer`: checkpoints for a plain training loop."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from milepost.engine.commit import REPLACED, sweep
+from milepost.engine.directory import DirectoryEngine, DirectorySave
+from milepost.engine.restore import collect, restore
+from milepost.errors import (
+    CheckpointCorruptError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+    MisconfigurationException,
+)
+from milepost.format.manifest import HEAD_NAME
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpointer:
+    """Saves the state of a training loop, and puts the newest good one back.
+
+    ::
+
+        with Checkpointer("runs/1") as checkpointer:
+            state = {"model": model, "optimizer": optimizer, "rng": RandomState()}
+            for step in range(checkpointer.restore(state) + 1, 10_001):
+                train(step)
+                if step % 100 == 0:
+                    checkpointer.save(step, state, metrics={"loss": loss})
+
+    A checkpoint is a directory ``step-00000100`` of plain safetensors files, indexes with digests and a manifest
+    (docs/format.md). It is there whole or not at all, through any crash.
+
+    Args:
+        directory: where the checkpoints lie; made when the first is saved.
+        background: whether `save` returns once the state is copied to host memory, and writes while training goes on.
+            The copy takes as much memory as the state.
+        on_busy: what `save` does while the one before is still being written: ``"wait"`` for it, or ``"skip"``: return
+            that one's handle and save nothing.
+        threads: that copy, digest and write.
+
+    Raises:
+        MisconfigurationException: an argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        background: bool = True,
+        on_busy: Literal["wait", "skip"] = "wait",
+        threads: int = 2,
+    ) -> None:
+        if on_busy not in ("wait", "skip"):
+            raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
+        if threads < 1:
+            raise MisconfigurationException(f"threads={threads!r}: give at least 1.")
+        self.directory = Path(directory)
+        self._background = background
+        self._on_busy = on_busy
+        self._engine = DirectoryEngine(threads=threads)
+        self._newest: DirectorySave | None = None
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def save(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float] | None = None, *, wait: bool = False
+    ) -> DirectorySave:
+        """Save `state` as the checkpoint of `step`; one of the same step is replaced.
+
+        Args:
+            step: 0 or more.
+            state: by name what is to be saved: objects with `state_dict` and `load_state_dict`, tensors, plain values,
+                and containers of these.
+            metrics: numbers to be found again in listings.
+            wait: return when it is durable, also in the background mode.
+
+        Returns:
+            A handle: ``done()`` tells whether it has ended, ``result()`` waits and raises what it failed with.
+
+        Raises:
+            CheckpointSaveError: writing failed; in the background mode also what the save before failed with, once.
+            UnencodableValueError: a value cannot be stored as data. Nothing was written.
+        """
+        if step < 0:
+            raise MisconfigurationException(f"step={step!r}: give 0 or more.")
+        if self._on_busy == "skip" and self._newest is not None and not self._newest.done():
+            return self._newest
+        saved = self._engine.save(
+            self.path(step), collect(state), step=step, metrics=metrics, background=self._background
+        )
+        self._newest = saved
+        if wait:
+            saved.result()
+        return saved
+
+    def prepare(self, state: Mapping[str, Any]) -> int:
+        """Have the host memory for saves of `state` in the background before the first one. Returns its bytes."""
+        return self._engine.prepare(collect(state))
+
+    def wait(self) -> None:
+        """Wait until nothing is under way.
+
+        Raises:
+            CheckpointSaveError: a save in the background failed and nobody was told.
+        """
+        self._engine.wait()
+
+    def close(self) -> None:
+        """Wait, and give back memory and threads. Raises as `wait` does."""
+        self._engine.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"While the checkpointer was closed, a save failed: {second}")
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies, or would."""
+        return self.directory / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps of all committed checkpoints, in order. One that is being written is not among them."""
+        sweep(self._engine.files, str(self.directory))
+        found = []
+        if self.directory.is_dir():
+            for entry in self.directory.iterdir():
+                match = _NAME.fullmatch(entry.name.removeprefix(REPLACED))
+                if match and (entry / HEAD_NAME).is_file():
+                    found.append(int(match[1]))
+        return sorted(set(found))
+
+    def restore(self, state: MutableMapping[str, Any], step: int | None = None) -> int:
+        """Put the newest good checkpoint into `state`: into the tensors that are there.
+
+        Args:
+            state: as it was given to `save`; plain values in it are replaced.
+            step: only this one will do.
+
+        Returns:
+            The step of the checkpoint; 0 where there is none, and nothing was touched.
+
+        Raises:
+            ResumeError: the newest checkpoint is sound and does not fit `state`. Nothing was touched.
+            CheckpointCorruptError: there are checkpoints and all are damaged, or the one of `step` is. What was read
+                before the damage was found has been overwritten in `state`.
+            CheckpointNotFoundError: there is none of `step`.
+        """
+        self._engine.wait()
+        if step is not None:
+            self._restore_one(state, step)
+            return step
+        first_error: CheckpointCorruptError | CheckpointFormatError | None = None
+        for candidate in reversed(self.steps()):
+            try:
+                self._restore_one(state, candidate)
+            except (CheckpointCorruptError, CheckpointFormatError) as error:
+                first_error = first_error or error
+                warnings.warn(f"passing over the damaged checkpoint of step {candidate}: {error}", stacklevel=2)
+            else:
+                return candidate
+        if first_error is not None:
+            raise first_error
+        return 0
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The state of `step`, in new memory: what objects had returned from `state_dict` where objects were saved.
+
+        Raises:
+            CheckpointError: it is not there, or damaged.
+        """
+        self._check_there(step)
+        return self._engine.load(self.path(step))
+
+    def verify(self, step: int) -> None:
+        """Read all of a checkpoint and compare it with its digests.
+
+        Raises:
+            CheckpointCorruptError: names the first damaged tensor and range of bytes.
+        """
+        self._check_there(step)
+        self._engine.verify(self.path(step))
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint; where there is none, nothing happens."""
+        self._engine.remove(self.path(step))
+
+    def _restore_one(self, state: MutableMapping[str, Any], step: int) -> None:
+        self._check_there(step)
+        with self._engine.open(self.path(step)) as stored:
+            restore(self._engine, stored, state)
+        self._engine.adopt(self.path(step))
+
+    def _check_there(self, step: int) -> None:
+        if not self.path(step).is_dir():
+            raise CheckpointNotFoundError(
+                f"There is no checkpoint of step {step} in {self.directory}; there are: {self.steps()}."
+            )

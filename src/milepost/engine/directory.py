@@ -1,0 +1,273 @@
+"""The engine for checkpoint directories: saves in the background or at once, loads, verifies, removes, in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from milepost.engine.commit import remove_checkpoint, sweep
+from milepost.engine.planner import Earlier, plan_groups
+from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.requests import BlobPlan, Destination, Image
+from milepost.engine.save import Committed, Saving
+from milepost.engine.staging import Arena, LiveImage, Source
+from milepost.engine.state import Flattened, rebuild, references, stored_type
+from milepost.engine.writer import Workers
+from milepost.errors import CheckpointError, CheckpointFormatError, CheckpointSaveError
+from milepost.format.codec import TensorRef
+from milepost.storage.files import Files, LocalFiles
+
+
+class DirectorySave:
+    """A save under way, or done."""
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path = path
+        self.step = step
+        self._future: Future[Committed] = Future()
+        self._told = False
+
+    def done(self) -> bool:
+        """Whether it has ended, well or badly. Never blocks."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Wait until the checkpoint is durable; raise what the save failed with, once.
+
+        Raises:
+            CheckpointSaveError: it did not become durable.
+            TimeoutError: it has not ended within `timeout` seconds.
+        """
+        error = self._future.exception(timeout)
+        if error is not None and not self._told:
+            self._told = True
+            raise error
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended badly and nobody was told."""
+        return self._future.done() and self._future.exception() is not None and not self._told
+
+
+class DirectoryEngine:
+    """Stores states, nested mappings of tensors and plain values, as directories. One at a time is written.
+
+    Args:
+        files: the file system; another one is for tests.
+        threads: that copy, digest and write. Two saturate a disk of a few GB/s.
+    """
+
+    def __init__(self, files: Files | None = None, threads: int = 2) -> None:
+        self.files = files or LocalFiles()
+        self._threads = threads
+        self._workers: Workers | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._arena = Arena()
+        self._last: Committed | None = None
+        self._under_way: list[DirectorySave] = []
+        self._lock = threading.Lock()
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        *,
+        step: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        background: bool = True,
+        then: Callable[[Committed], None] | None = None,
+    ) -> DirectorySave:
+        """Save `state` at `path`, replacing what is there in one step.
+
+        In the background: returns once the state is copied to the host memory kept for this, so that it may change; a
+        save that is still being written is waited for first. Not in the background: returns when it is durable, and
+        takes no memory but a buffer for each thread.
+
+        Args:
+            then: called after the commit, before the next save is begun, such as for retention. What it raises counts
+                as an error of this save.
+
+        Raises:
+            CheckpointSaveError: of an earlier save in the background that nobody was told of; or of this one.
+            UnencodableValueError: a value in `state` cannot be stored as data.
+        """
+        self.raise_failed()
+        target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
+        flattened = Flattened(state)
+        plans = plan_groups(flattened.leaves)
+        save = DirectorySave(target, step)
+        if not background:
+            self._drain()
+            images: list[Image] = [LiveImage(Source(plan)) for plan in plans]
+            self._run(save, flattened, plans, images, dict(metrics or {}), then)
+            save.result()
+            return save
+        self._drain()  # the arena holds the snapshot that is being written
+        self.raise_failed()
+        workers = self._started()
+        staged: list[Image] = [*self._arena.stage(plans, workers.pool, workers.count)]
+        self._under_way.append(save)
+        assert self._writer is not None
+        self._writer.submit(self._run, save, flattened, plans, staged, dict(metrics or {}), then)
+        return save
+
+    def prepare(self, state: Mapping[str, Any]) -> int:
+        """Have the host memory that a save of `state` in the background needs. Returns its size in bytes.
+
+        Without it the first save gets that memory, which takes longer than the copy.
+        """
+        self._drain()
+        self._arena.reserve(plan_groups(Flattened(state).leaves))
+        self._arena.touch()
+        return self._arena.size
+
+    def _run(
+        self,
+        save: DirectorySave,
+        flattened: Flattened,
+        plans: list[BlobPlan],
+        images: list[Image],
+        metrics: dict[str, float],
+        then: Callable[[Committed], None] | None,
+    ) -> None:
+        try:
+            os.makedirs(os.path.dirname(save.path), exist_ok=True)  # noqa: PTH103, PTH120
+            sweep(self.files, os.path.dirname(save.path))  # noqa: PTH120
+            saving = Saving(self.files, self._started(), flattened, plans, images)
+            committed = saving.run(save.path, save.step, metrics, self._last)
+            self._last = committed
+            if then is not None:
+                then(committed)
+        except BaseException as error:
+            save._future.set_exception(_as_save_error(error, save))
+        else:
+            save._future.set_result(committed)
+
+    def raise_failed(self) -> None:
+        """Raise what a save in the background failed with, once."""
+        for save in [s for s in self._under_way if s.done()]:
+            self._under_way.remove(save)
+            save.result()
+
+    def wait(self) -> None:
+        """Wait until nothing is under way; raise what failed."""
+        self._drain()
+        self.raise_failed()
+
+    def close(self) -> None:
+        """Wait, give back threads and memory, raise what failed. The engine can be used again."""
+        self._drain()
+        if self._writer is not None:
+            self._writer.shutdown(wait=True)
+        if self._workers is not None:
+            self._workers.close()
+        self._writer = self._workers = None
+        self._arena = Arena()
+        self.raise_failed()
+
+    def _drain(self) -> None:
+        for save in self._under_way:
+            save._future.exception()
+
+    def _started(self) -> Workers:
+        with self._lock:
+            if self._workers is None:
+                self._workers = Workers(self._threads)
+                self._writer = ThreadPoolExecutor(1, thread_name_prefix="milepost-save")
+            return self._workers
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def open(self, path: str | os.PathLike[str]) -> StoredCheckpoint:
+        """Open a committed checkpoint. A save of that path that is under way is waited for."""
+        target = os.path.abspath(path)  # noqa: PTH100
+        for save in self._under_way:
+            if save.path == target:
+                save._future.exception()
+        return StoredCheckpoint(target)
+
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read a whole checkpoint, every byte of it verified.
+
+        Raises:
+            CheckpointError: nothing is there, or it is damaged.
+        """
+        with self.open(path) as stored:
+            tensors = self.read_tensors(stored, references(stored.tree))
+            state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__)
+            return state
+
+    def read_tensors(
+        self, stored: StoredCheckpoint, wanted: list[TensorRef], into: Mapping[TensorRef, torch.Tensor] | None = None
+    ) -> dict[TensorRef, torch.Tensor]:
+        """Read tensors, each into the memory given for it, or into new memory.
+
+        Args:
+            into: contiguous host tensors of the stored type and shape.
+        """
+        found: dict[TensorRef, torch.Tensor] = {}
+        per_blob: dict[int, list[Destination]] = {}
+        restride: list[tuple[TensorRef, tuple[int, ...]]] = []
+        for ref in wanted:
+            if ref.blob >= len(stored.head.blobs) or ref.row >= len(stored.index(ref.blob).names):
+                raise CheckpointFormatError(f"{stored.path}: the tree refers to {ref}, which is not there.")
+            index = stored.index(ref.blob)
+            entry = index.entry(ref.row)
+            tensor = None if into is None else into.get(ref)
+            if tensor is None:
+                dtype, shape = stored_type(index, ref.row)
+                tensor = torch.empty(shape, dtype=dtype)
+                if (listed := index.strides.get(str(ref.row))) is not None:
+                    restride.append((ref, tuple(listed)))
+            found[ref] = tensor
+            per_blob.setdefault(ref.blob, []).append(Destination(entry, tensor.data_ptr()))
+        workers = self._started()
+        for blob, destinations in per_blob.items():
+            stored.read(blob, destinations, workers)
+        for ref, stride in restride:
+            found[ref] = torch.empty_strided(found[ref].shape, stride, dtype=found[ref].dtype).copy_(found[ref])
+        return found
+
+    def verify(self, path: str | os.PathLike[str]) -> None:
+        """Read all of a checkpoint and compare it with its digests.
+
+        Raises:
+            CheckpointCorruptError: names the first damaged tensor and range of bytes.
+            CheckpointError: it is not there, or no checkpoint.
+        """
+        with self.open(path) as stored:
+            stored.verify(self._started())
+
+    def remove(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens."""
+        self._drain()
+        remove_checkpoint(self.files, os.path.abspath(path))  # noqa: PTH100
+
+    def adopt(self, path: str | os.PathLike[str]) -> None:
+        """Let the next save use again what is unchanged since the checkpoint at `path`."""
+        with self.open(path) as stored:
+            blobs = tuple(
+                Earlier(f"{stored.path}/{blob.name}", blob, stored.index(number))
+                for number, blob in enumerate(stored.head.blobs)
+            )
+            self._last = Committed(stored.path, stored.head, blobs)
+
+
+def _as_save_error(error: BaseException, save: DirectorySave) -> BaseException:
+    if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        return error
+    made = CheckpointSaveError(
+        f"Saving the checkpoint of step {save.step} to {save.path!r} failed: {type(error).__name__}: {error}. What was"
+        " there before is intact; free space or fix the permissions of the directory, or give another one.",
+        path=save.path,
+        step=save.step,
+    )
+    made.__cause__ = error
+    return made

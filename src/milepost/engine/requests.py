@@ -1,0 +1,72 @@
+"""The narrow waist of the engine: the small types that planner, staging, writer and reader hand to each other.
+
+Read this first. A state becomes `Leaf`s; leaves become `BlobPlan`s; an `Image` is a blob's bytes in memory, real or yet
+to be copied; a `Destination` is memory that a stored tensor is read into. Offsets are from the start of a blob's file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from milepost.format.layout import BlobLayout, TensorEntry
+
+CHUNK_BYTES = 16 << 20
+"""What one thread copies, digests and writes at a time: whole pieces, aligned for direct I/O."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor of a state.
+
+    Attributes:
+        number: of the leaf in its state.
+        group: the state's top-level key that it stands under; "" for a tensor that is itself at the top.
+        name: its key path below the group, joined by dots; unique in the group.
+        dtype: its type as the format names it.
+        shape: as stored.
+        tensor: what the bytes are taken from, on any device.
+        stride: where the memory is dense but not in C order, else None.
+        stored_as: (torch's type, shape) where the format has no such type and the bytes are stored as U8, else None.
+    """
+
+    number: int
+    group: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+    stride: tuple[int, ...] | None = None
+    stored_as: tuple[str, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlobPlan:
+    """A blob to write: its layout, and for each entry of it the leaf that it comes from."""
+
+    name: str
+    group: str
+    layout: BlobLayout
+    leaves: tuple[Leaf, ...]
+
+
+class Image(Protocol):
+    """The bytes of a blob, as they will be in its file."""
+
+    size: int
+
+    def view(self, start: int, stop: int, buffer: memoryview) -> memoryview:
+        """The bytes of a range, in an aligned buffer: the image's own memory, or copied into `buffer` (a chunk long).
+
+        Behind the end of the file, up to `stop`, stands anything.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Contiguous host memory that takes a stored tensor."""
+
+    entry: TensorEntry
+    address: int

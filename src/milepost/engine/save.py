@@ -1,0 +1,271 @@
+"""One save, from a flattened state to a committed directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from milepost.engine import planner
+from milepost.engine.commit import PendingDirectory
+from milepost.engine.planner import Earlier
+from milepost.engine.requests import CHUNK_BYTES, BlobPlan, Image
+from milepost.engine.staging import part_of
+from milepost.engine.state import Flattened
+from milepost.engine.writer import BlobWriting, Workers, digests_of, piece_digests
+from milepost.format import codec, manifest
+from milepost.format.layout import PIECE_BYTES, piece_count
+from milepost.format.manifest import Blob, Head, Stored
+from milepost.storage.files import Files
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What is remembered of a commit, so that the next save can use it again."""
+
+    path: str
+    head: Head
+    blobs: tuple[Earlier, ...]
+
+    def group(self, name: str) -> list[Earlier]:
+        return [earlier for earlier in self.blobs if earlier.blob.group == name]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A blob of the new checkpoint: linked from an earlier one, or to be written."""
+
+    name: str
+    plan: BlobPlan
+    image: Image | None
+    link: Earlier | None
+
+
+class Saving:
+    """Writes one state to one target directory.
+
+    Args:
+        images: for each plan its bytes: staged, or still in the tensors.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        workers: Workers,
+        flattened: Flattened,
+        plans: Sequence[BlobPlan],
+        images: Sequence[Image],
+    ) -> None:
+        self._files = files
+        self._workers = workers
+        self._flattened = flattened
+        self._plans = plans
+        self._images = images
+
+    def run(
+        self, target: str, step: int, metrics: Mapping[str, float], last: Committed | None, world_size: int = 1
+    ) -> Committed:
+        """Write and commit. What is at `target` is replaced in one step.
+
+        Raises:
+            OSError: nothing was committed, and nothing is left behind.
+        """
+        planned = zip(self._plans, self._images, strict=True)
+        parts = [part for plan, image in planned for part in self._parts(plan, image, last)]
+        pending = PendingDirectory(self._files, target)
+        try:
+            blobs = self._write_blobs(pending, parts)
+            head = self._write_rest(pending, blobs, step, metrics, last, world_size)
+            pending.commit()
+        except BaseException:
+            pending.abandon()
+            raise
+        return Committed(target, head, tuple(replace(b, path=f"{target}/{b.blob.name}") for b in blobs))
+
+    # ---- what can be used again ------------------------------------------------------------------------------------
+
+    def _parts(self, plan: BlobPlan, image: Image, last: Committed | None) -> list[_Part]:
+        whole = [_Part(plan.name, plan, image, None)]
+        earlier = last.group(plan.group) if last is not None else []
+        if not earlier or not planner.same_structure(plan, earlier[0].index):
+            return whole
+        base = earlier[0]
+        if base.blob.saves >= planner.MAX_LINKS or self._mostly_changed(image, base):
+            return whole
+        digests = digests_of(image, self._workers)
+        pieces = planner.changed_pieces(base.index, digests)
+        base_name, delta_name = planner.delta_names(plan)
+        if not self._sound(base):
+            return whole
+        if not pieces:
+            return [_Part(plan.name, plan, image, base)]
+        rows = self._changed_rows(plan, image, base, pieces)
+        if rows is None or not planner.worth_a_delta(plan, rows):
+            return whole
+        if not rows:  # only the padding differs: it cannot, but a link would then be wrong
+            return whole
+        delta = planner.plan_blob(delta_name, plan.group, [plan.leaves[row] for row in rows])
+        delta_image = part_of(delta, plan, image)
+        link = None
+        if len(earlier) > 1 and planner.same_structure(delta, earlier[1].index):
+            again = earlier[1].blob.saves < planner.MAX_LINKS and self._sound(earlier[1])
+            if again and digests_of(delta_image, self._workers) == earlier[1].index.digests:
+                link = earlier[1]
+        return [_Part(base_name, plan, image, base), _Part(delta_name, delta, delta_image, link)]
+
+    def _mostly_changed(self, image: Image, base: Earlier) -> bool:
+        """Whether a look at a few places finds most of them changed: then all is written without a closer look."""
+        same = 0
+        with _reading(base.path) as stored:
+            if stored < 0:
+                return True
+            places = planner.samples(image.size)
+            for start, stop in places:
+                same += self._equal(stored, image, start, stop)
+        return same < len(places) / 4
+
+    def _equal(self, stored: int, image: Image, start: int, stop: int) -> bool:
+        return os.pread(stored, stop - start, start) == image.view(start, stop, self._workers.buffer())[: stop - start]
+
+    def _changed_rows(self, plan: BlobPlan, image: Image, base: Earlier, pieces: list[int]) -> list[int] | None:
+        with _reading(base.path) as stored:
+            if stored < 0:
+                return None
+            return planner.changed_entries(
+                plan.layout.entries, pieces, PIECE_BYTES, lambda start, stop: self._equal(stored, image, start, stop)
+            )
+
+    def _sound(self, earlier: Earlier) -> bool:
+        """Whether the stored blob may be linked once more: from time to time it is read and verified first."""
+        if earlier.blob.verified < planner.VERIFY_EVERY:
+            return True
+        with suppress(OSError), open(earlier.path, "rb") as file:  # noqa: PTH123
+            for start in range(0, earlier.blob.bytes, CHUNK_BYTES):
+                data = memoryview(file.read(CHUNK_BYTES))
+                first = start // PIECE_BYTES
+                expected = earlier.index.digests[32 * first : 32 * (first + piece_count(len(data)))]
+                if piece_digests(data) != expected:
+                    return False
+            return True
+        return False
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _write_blobs(self, pending: PendingDirectory, parts: list[_Part]) -> list[Earlier]:
+        linked: dict[str, Earlier] = {}
+        to_write: list[_Part] = []
+        for part in parts:
+            if part.link is not None and self._linked(part.link.path, pending.file(part.name)):
+                linked[part.name] = part.link
+            else:
+                to_write.append(part)
+        written = BlobWriting(self._files, self._workers).run(
+            [(pending.file(part.name), part.image) for part in to_write if part.image is not None]
+        )
+        digests = {part.name: found for part, found in zip(to_write, written, strict=True)}
+        blobs = []
+        for part in parts:
+            old = linked.get(part.name)
+            index = old.index if old is not None else planner.index_of(part.plan, digests[part.name])
+            name = f"{part.name.removesuffix('.safetensors')}.index.json"
+            known = None if old is None else (str(Path(old.path).parent), old.blob.index)
+            stored = self._small(pending, name, manifest.encode_index(index), known)
+            saves = old.blob.saves + 1 if old is not None else 0
+            verified = 0 if old is None or old.blob.verified >= planner.VERIFY_EVERY else old.blob.verified + 1
+            blob = Blob(part.name, index.bytes, stored, part.plan.group, saves, verified)
+            blobs.append(Earlier(pending.file(part.name), blob, index))
+        return blobs
+
+    def _write_rest(
+        self,
+        pending: PendingDirectory,
+        blobs: list[Earlier],
+        step: int,
+        metrics: Mapping[str, float],
+        last: Committed | None,
+        world_size: int,
+    ) -> Head:
+        places: dict[tuple[str, str], tuple[int, int]] = {}
+        for number, earlier in enumerate(blobs):  # a delta comes after its base, and takes the names it holds
+            for row, name in enumerate(earlier.index.names):
+                places[earlier.blob.group, name] = (number, row)
+        stored_as = {leaf.number: (plan.group, leaf.name) for plan in self._plans for leaf in plan.leaves}
+        tree = codec.encode(self._flattened.tree(lambda number: places[stored_as[number]]))
+        known = {} if last is None else {old.name: (last.path, old) for old in (last.head.tree, *last.head.maps)}
+        head = Head(
+            format=manifest.FORMAT,
+            version=manifest.VERSION,
+            step=step,
+            time=time.time(),
+            metrics=manifest.metrics_as_data(metrics),
+            world_size=world_size,
+            blobs=[earlier.blob for earlier in blobs],
+            tree=self._small(pending, manifest.TREE_NAME, tree, known.get(manifest.TREE_NAME)),
+            maps=[self._small(pending, name, data, known.get(name)) for name, data in _maps(blobs)],
+        )
+        self._write(pending.file(manifest.HEAD_NAME), manifest.encode_head(head))
+        return head
+
+    def _small(self, pending: PendingDirectory, name: str, data: bytes, known: tuple[str, Stored] | None) -> Stored:
+        """Write a small file, or link the one that is `known` (directory, file) where it says the same."""
+        stored = Stored(name, len(data), manifest.digest(data))
+        if known is not None:
+            directory, old = known
+            same = (old.bytes, old.xxh3_128) == (stored.bytes, stored.xxh3_128)
+            if same and self._linked(f"{directory}/{old.name}", pending.file(name)):
+                return stored
+        self._write(pending.file(name), data)
+        return stored
+
+    def _linked(self, source: str, target: str) -> bool:
+        """Whether the link could be made. Where not (too many, another device, gone, not supported), it is written."""
+        try:
+            self._files.link(source, target)
+        except OSError:
+            return False
+        return True
+
+    def _write(self, path: str, data: bytes) -> None:
+        descriptor = self._files.create(path, 0)
+        try:
+            self._files.write(descriptor, memoryview(data), 0)
+        except BaseException:
+            self._files.abandon(descriptor)
+            raise
+        self._files.finish(descriptor, len(data))
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[int]:
+    """A descriptor to read from, or -1 where the file is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield -1
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _maps(blobs: list[Earlier]) -> list[tuple[str, bytes]]:
+    """Which file holds which tensor, in the form other tools read, for each group that lies in two blobs."""
+    groups: dict[str, list[Earlier]] = {}
+    for earlier in blobs:
+        groups.setdefault(earlier.blob.group, []).append(earlier)
+    made = []
+    for members in groups.values():
+        if len(members) == 1:
+            continue
+        where = {name: earlier.blob.name for earlier in members for name in earlier.index.names}
+        total = sum(entry.size for entry in map(members[0].index.entry, range(len(members[0].index.names))))
+        stem = members[0].blob.name.removesuffix("-00001-of-00002.safetensors")
+        data = msgspec.json.encode({"metadata": {"total_size": total}, "weight_map": where})
+        made.append((f"{stem}.safetensors.index.json", data))
+    return made

@@ -1,0 +1,190 @@
+"""Getting a state's bytes into memory that later steps cannot change, and into the order of the file."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import torch
+
+from milepost.engine.requests import BlobPlan, Image
+from milepost.format.layout import TensorEntry
+
+_SPLIT_BYTES = 8 << 20  # larger tensors are copied by several threads
+
+
+class Memory:
+    """Page-aligned memory of the host, for direct I/O."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
+        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults when it is first touched
+        self.bytes = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+
+class Source:
+    """Where the bytes of a blob come from: its header, then the leaves in the order of the layout."""
+
+    def __init__(self, plan: BlobPlan) -> None:
+        self.plan = plan
+        self.size = plan.layout.size
+        self._entries = plan.layout.entries
+        self._starts = [entry.start for entry in self._entries]
+
+    def copy(self, start: int, stop: int, address: int) -> None:
+        """Copy the bytes of a range of the file to `address`."""
+        header = self.plan.layout.header
+        if start < len(header):
+            part = header[start:stop]
+            ctypes.memmove(address, part, len(part))
+        number = max(bisect_right(self._starts, start) - 1, 0)
+        while number < len(self._entries) and self._entries[number].start < stop:
+            entry = self._entries[number]
+            first, last = max(start, entry.start), min(stop, entry.stop)
+            if first < last:
+                tensor = self.plan.leaves[number].tensor
+                copy_bytes(tensor, entry, first, last, address + first - start)
+            number += 1
+
+
+def copy_bytes(tensor: torch.Tensor, entry: TensorEntry, first: int, last: int, address: int) -> None:
+    """Copy the bytes of `tensor` that lie at `first` to `last` of the file to `address`, in C order."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        ctypes.memmove(address, tensor.data_ptr() + first - entry.start, last - first)
+        return
+    rows = tensor if tensor.ndim else tensor.reshape(1)
+    each = entry.size // rows.shape[0]  # only the rows in the range are brought into order, and only they to the host
+    low, high = (first - entry.start) // each, -(-(last - entry.start) // each)
+    part = rows[low:high].cpu().contiguous()
+    ctypes.memmove(address, part.data_ptr() + first - entry.start - low * each, last - first)
+
+
+class LiveImage:
+    """The bytes of a blob still in the tensors themselves: copied when a chunk is asked for. Nobody may change them."""
+
+    def __init__(self, source: Source) -> None:
+        self.size = source.size
+        self._source = source
+
+    def view(self, start: int, stop: int, buffer: memoryview) -> memoryview:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        self._source.copy(start, min(stop, self.size), address)
+        return buffer[: stop - start]
+
+
+class StagedImage:
+    """The bytes of a blob in an arena, as they were when they were staged."""
+
+    def __init__(self, plan: BlobPlan, memory: memoryview, address: int) -> None:
+        self.size = plan.layout.size
+        self.address = address
+        self._memory = memory
+
+    def view(self, start: int, stop: int, buffer: memoryview) -> memoryview:
+        return self._memory[start:stop]
+
+
+class PartImage:
+    """The bytes of a blob of some of the tensors of another, staged, one."""
+
+    def __init__(self, part: BlobPlan, whole: BlobPlan, image: StagedImage) -> None:
+        self.size = part.layout.size
+        self._header = part.layout.header
+        self._entries = part.layout.entries
+        self._starts = [entry.start for entry in self._entries]
+        staged = {entry.name: image.address + entry.start for entry in whole.layout.entries}
+        self._addresses = [staged[entry.name] for entry in self._entries]
+
+    def view(self, start: int, stop: int, buffer: memoryview) -> memoryview:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        if start < len(self._header):
+            ctypes.memmove(address, self._header[start:stop], len(self._header[start:stop]))
+        number = max(bisect_right(self._starts, start) - 1, 0)
+        while number < len(self._entries) and self._entries[number].start < stop:
+            entry = self._entries[number]
+            first, last = max(start, entry.start), min(stop, entry.stop)
+            if first < last:
+                ctypes.memmove(address + first - start, self._addresses[number] + first - entry.start, last - first)
+            number += 1
+        return buffer[: stop - start]
+
+
+def part_of(part: BlobPlan, whole: BlobPlan, image: Image) -> Image:
+    """The image of a blob of some of the tensors of `whole`: out of the staged bytes, or out of the live tensors."""
+    return PartImage(part, whole, image) if isinstance(image, StagedImage) else LiveImage(Source(part))
+
+
+class Arena:
+    """Host memory for one snapshot, kept and used again. One snapshot at a time: whoever stages waits for the last."""
+
+    def __init__(self) -> None:
+        self._memory: Memory | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return 0 if self._memory is None else self._memory.size
+
+    def reserve(self, plans: Sequence[BlobPlan]) -> None:
+        """Have memory for `plans`."""
+        needed = sum(_room(plan) for plan in plans)
+        if self._memory is None or self._memory.size < needed:
+            self._memory = None  # give back the old one first
+            self._memory = Memory(needed)
+
+    def touch(self) -> None:
+        """Have every page there, so that the first snapshot does not pay for it. This can take seconds."""
+        if self._memory is not None:
+            ctypes.memset(self._memory.address, 0, self._memory.size)
+
+    def stage(self, plans: Sequence[BlobPlan], threads: Executor | None, workers: int) -> list[StagedImage]:
+        """Copy everything. When this returns, the tensors may change."""
+        self.reserve(plans)
+        memory = self._memory
+        assert memory is not None
+        images, jobs, offset = [], [], 0
+        for plan in plans:
+            images.append(StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset))
+            jobs += _jobs(Source(plan), memory.address + offset)
+            offset += _room(plan)
+        if threads is None or workers < 2:
+            for source, start, stop, address in jobs:
+                source.copy(start, stop, address)
+            return images
+        shares = _shares(jobs, workers)
+        futures = [threads.submit(_copy_all, share) for share in shares[1:]]
+        _copy_all(shares[0])
+        for future in futures:
+            future.result()
+        return images
+
+
+Job = tuple[Source, int, int, int]
+
+
+def _room(plan: BlobPlan) -> int:
+    return -(-plan.layout.size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _jobs(source: Source, address: int) -> list[Job]:
+    return [
+        (source, start, min(start + _SPLIT_BYTES, source.size), address + start)
+        for start in range(0, source.size, _SPLIT_BYTES)
+    ]
+
+
+def _shares(jobs: list[Job], workers: int) -> list[list[Job]]:
+    """Consecutive jobs for each worker: neighbours in memory stay with one."""
+    each = max(-(-len(jobs) // workers), 1)
+    return [jobs[n : n + each] for n in range(0, len(jobs), each)] or [[]]
+
+
+def _copy_all(share: list[Job]) -> None:
+    for source, start, stop, address in share:
+        source.copy(start, stop, address)

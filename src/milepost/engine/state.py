@@ -1,0 +1,247 @@
+"""From a nested state to a tree and its tensors, and back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from milepost.engine import value_forms
+from milepost.engine.requests import Leaf
+from milepost.errors import CheckpointFormatError, UnencodableValueError
+from milepost.format.codec import MAX_DEPTH, Tagged, TensorRef
+from milepost.format.manifest import Index
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_TORCH_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+_OTHERS = {str(d): d for d in (torch.complex128, torch.complex32, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)}
+
+Rows = Callable[[int], tuple[int, int]]
+"""From the number of a leaf to its blob and its row there."""
+
+
+class Flattened:
+    """A state as a tree whose tensors are numbered leaves. Tied tensors are one leaf."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.leaves: list[Leaf] = []
+        self._seen: dict[Any, int] = {}
+        self._names: dict[str, set[str]] = {}
+        self._keep: list[torch.Tensor] = []  # so that no storage is freed, and its address used again, while we look
+        self._tree = {
+            key: self._walk(value, *(("", str(key)) if isinstance(value, torch.Tensor) else (str(key), "")), 0)
+            for key, value in state.items()
+        }
+
+    def tree(self, place: Rows) -> Any:
+        """The tree as the codec takes it, with each leaf where `place` says it is stored."""
+        return _placed(self._tree, place)
+
+    def _walk(self, value: Any, group: str, path: str, depth: int) -> Any:
+        if isinstance(value, torch.Tensor):
+            return _LeafNumber(self._leaf(value, group, path))
+        kind = type(value)
+        if kind in (str, bool, int, float, bytes, type(None)):
+            return value
+        if depth >= MAX_DEPTH:
+            raise UnencodableValueError(
+                f"The state is nested deeper than {MAX_DEPTH} levels at {group}.{path}.", key_path=f"{group}.{path}"
+            )
+        prefix = f"{path}." if path else ""
+        if kind in (dict, OrderedDict):
+            return kind((k, self._walk(v, group, f"{prefix}{k}", depth + 1)) for k, v in value.items())
+        if kind in (list, tuple):
+            return kind(self._walk(v, group, f"{prefix}{n}", depth + 1) for n, v in enumerate(value))
+        encoded = _form_of(value)
+        if encoded is None:
+            where = f"{group}.{path}" if path else group
+            raise UnencodableValueError(
+                f"The value at {where!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored as data."
+                " Store plain values, tensors, paths, enums or dataclasses in its place.",
+                key_path=where,
+            )
+        return Tagged(self._walk(encoded, group, path, depth + 1))
+
+    def _leaf(self, tensor: torch.Tensor, group: str, path: str) -> int:
+        tensor = tensor.detach()
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+            raise UnencodableValueError(
+                f"The tensor at {group}.{path} is {'on the meta device' if tensor.is_meta else tensor.layout}, which"
+                " cannot be stored. Give it memory, or store its dense parts.",
+                key_path=f"{group}.{path}",
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and (number := self._seen.get(key)) is not None:
+            return number
+        self._seen[key] = len(self.leaves)
+        self._keep.append(tensor)
+        number = len(self.leaves)
+        self.leaves.append(self._described(number, tensor, group, self._unique(group, path)))
+        return number
+
+    def _described(self, number: int, tensor: torch.Tensor, group: str, name: str) -> Leaf:
+        shape, stride = tuple(tensor.shape), None
+        if not tensor.is_contiguous() and _dense(tensor):
+            stride = tuple(tensor.stride())
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is not None:
+            return Leaf(number, group, name, dtype, shape, tensor, stride)
+        if str(tensor.dtype) not in _OTHERS:
+            raise UnencodableValueError(
+                f"The tensor at {group}.{name} has the type {tensor.dtype}, which cannot be stored.",
+                key_path=f"{group}.{name}",
+            )
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        return Leaf(number, group, name, "U8", tuple(flat.shape), flat, None, (str(tensor.dtype), shape))
+
+    def _unique(self, group: str, name: str) -> str:
+        taken = self._names.setdefault(group, set())
+        unique, number = name, 2
+        while unique in taken:  # the keys "a.b" and "a", "b" give one name
+            unique, number = f"{name}#{number}", number + 1
+        taken.add(unique)
+        return unique
+
+
+def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor]) -> Any:
+    """The nested state from a decoded tree; `tensor` gives the tensor for a reference, the same one for the same."""
+    if isinstance(tree, TensorRef):
+        return tensor(tree)
+    kind = type(tree)
+    if kind in (dict, OrderedDict):
+        return kind((k, rebuild(v, tensor)) for k, v in tree.items())
+    if kind in (list, tuple):
+        return kind(rebuild(v, tensor) for v in tree)
+    if kind is Tagged:
+        return _value_of(rebuild(tree.data, tensor))
+    return tree
+
+
+_FORMS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    complex: ("complex", lambda v: [v.real, v.imag], lambda d: complex(*d)),
+    bytearray: ("bytearray", bytes, bytearray),
+    set: ("set", list, set),
+    frozenset: ("frozenset", list, frozenset),
+    Counter: ("counter", dict, Counter),
+    torch.Size: ("torch.Size", list, torch.Size),
+    torch.dtype: ("torch.dtype", lambda v: str(v).removeprefix("torch."), lambda d: _of_torch(d, torch.dtype)),
+    torch.layout: ("torch.layout", lambda v: str(v).removeprefix("torch."), lambda d: _of_torch(d, torch.layout)),
+    torch.device: ("torch.device", str, torch.device),
+}
+"""Types that torch's pickles take as they are, so that the forms of values have nothing for them."""
+
+_DECODERS = {tag: decode for tag, _, decode in _FORMS.values()}
+
+
+def _form_of(value: Any) -> Any:
+    known = _FORMS.get(type(value))
+    if known is not None:
+        return {"type": known[0], "value": known[1](value)}
+    return value_forms.encode(value)
+
+
+def _value_of(form: Any) -> Any:
+    """The value of a form. Nothing is imported for a file's sake: a class that is not there leaves the form.
+
+    Raises:
+        CheckpointFormatError: it is none.
+    """
+    try:
+        known = _DECODERS.get(form["type"])
+        return known(form["value"]) if known is not None else value_forms.decode(form)
+    except value_forms.Unresolved as missing:
+        warnings.warn(
+            f"{missing.args[0]} is not there, so its fields stand in its place. Import the module that defines it"
+            " before loading; classes are never imported for a file's sake.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return form
+    except Exception as error:  # the file may be anybody's: all that is wrong with it ends here
+        raise CheckpointFormatError(f"The tree holds a malformed value: {type(error).__name__}: {error}") from error
+
+
+def _of_torch(name: str, kind: type) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, kind):
+        raise ValueError(f"torch has no {kind.__name__} {name!r}")
+    return found
+
+
+def references(tree: Any) -> list[TensorRef]:
+    """All references to tensors in a decoded tree, each once."""
+    found: dict[TensorRef, None] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, TensorRef):
+            found[value] = None
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, Tagged):
+            visit(value.data)
+
+    visit(tree)
+    return list(found)
+
+
+def stored_type(index: Index, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of the tensor in a row.
+
+    Raises:
+        CheckpointFormatError: an unknown type, or one whose size does not fit the stored bytes.
+    """
+    entry = index.entry(row)
+    other = index.stored_as.get(str(row))
+    if other is None:
+        return _TORCH_TYPES[entry.dtype], entry.shape
+    kind, shape = _OTHERS.get(other[0]), tuple(other[1])
+    if (
+        kind is None
+        or any(n < 0 for n in shape)
+        or entry.dtype != "U8"
+        or kind.itemsize * math.prod(shape) != entry.size
+    ):
+        raise CheckpointFormatError(f"{entry.name} is stored as type {other[0]!r} with the shape {other[1]}.")
+    return kind, shape
+
+
+class _LeafNumber(int):
+    """Stands in the tree for a tensor until it is known where that is stored."""
+
+
+def _placed(value: Any, place: Rows) -> Any:
+    kind = type(value)
+    if kind is _LeafNumber:
+        return TensorRef(*place(value))
+    if kind in (dict, OrderedDict):
+        return kind((k, _placed(v, place)) for k, v in value.items())
+    if kind in (list, tuple):
+        return kind(_placed(v, place) for v in value)
+    if kind is Tagged:
+        return Tagged(_placed(value.data, place))
+    return value
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

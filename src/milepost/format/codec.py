@@ -1,0 +1,149 @@
+"""JSON for trees of values, exact: what JSON cannot say stands under a tag, ``{"$": tag, "v": …}``.
+
+Pure: no I/O, no torch. The tags are listed in docs/format.md. -0.0 and integers of any length are JSON already.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from milepost.errors import CheckpointFormatError
+
+MAX_DEPTH = 64
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET = re.compile(rb"[\[\]{}]")
+_SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A leaf: the tensor in row `row` of the blob number `blob`."""
+
+    blob: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """A value of a type of its own, as plain data that the engine turns back."""
+
+    data: Any
+
+
+def encode(tree: Any) -> bytes:
+    """Encode what consists of plain scalars, bytes, list, tuple, dict, OrderedDict, and the leaves above."""
+    return json.dumps(_to_json(tree), separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def decode(data: bytes, path: str) -> Any:
+    """The reverse of `encode`.
+
+    Raises:
+        CheckpointFormatError: no JSON, an unknown tag, a duplicate key, or nested deeper than `MAX_DEPTH`.
+    """
+    if _depth(data) > 4 * MAX_DEPTH:
+        raise CheckpointFormatError(f"{path} is nested deeper than {MAX_DEPTH} levels.")
+    try:
+        return _from_json(json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant), path, 0)
+    except CheckpointFormatError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, binascii.Error) as error:
+        raise CheckpointFormatError(f"{path} is no tree of values: {error}.") from error
+
+
+def _to_json(value: Any) -> Any:
+    kind = type(value)
+    if kind in (str, bool, int, type(None)):
+        return value
+    if kind is float:
+        return value if value - value == 0 else {"$": "float", "v": repr(value)}
+    if kind is list:
+        return [_to_json(v) for v in value]
+    if kind is dict:
+        if all(type(k) is str for k in value) and "$" not in value:
+            return {k: _to_json(v) for k, v in value.items()}
+        return {"$": "dict", "v": [[_to_json(k), _to_json(v)] for k, v in value.items()]}
+    if kind is OrderedDict:
+        return {"$": "ordered", "v": [[_to_json(k), _to_json(v)] for k, v in value.items()]}
+    if kind is TensorRef:
+        return {"$": "tensor", "v": [value.blob, value.row]}
+    if kind is tuple:
+        return {"$": "tuple", "v": [_to_json(v) for v in value]}
+    if kind is bytes:
+        return {"$": "bytes", "v": base64.b64encode(value).decode()}
+    if kind is Tagged:
+        return {"$": "value", "v": _to_json(value.data)}
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not plain data")
+
+
+def _from_json(value: Any, path: str, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise CheckpointFormatError(f"{path} is nested deeper than {MAX_DEPTH} levels.")
+    if isinstance(value, list):
+        return [_from_json(v, path, depth + 1) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "$" not in value:
+        return {k: _from_json(v, path, depth + 1) for k, v in value.items()}
+    if set(value) != {"$", "v"}:
+        raise CheckpointFormatError(f"{path} holds a tag with the keys {sorted(value)}.")
+    tag, inner = value["$"], value["v"]
+    if tag == "float":
+        return _SPECIAL[inner]
+    if tag == "tuple":
+        return tuple(_from_json(v, path, depth + 1) for v in inner)
+    if tag == "dict":
+        return _from_pairs(inner, path, depth + 1)
+    if tag == "ordered":
+        return OrderedDict(_from_pairs(inner, path, depth + 1))
+    if tag == "bytes":
+        return base64.b64decode(inner, validate=True)
+    if tag == "tensor":
+        return _reference(inner)
+    if tag == "value":
+        return Tagged(_from_json(inner, path, depth + 1))
+    raise CheckpointFormatError(f"{path} holds the unknown tag {tag!r}.")
+
+
+def _from_pairs(pairs: Any, path: str, depth: int) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for key_data, item in pairs:
+        key = _from_json(key_data, path, depth)
+        if key in made:
+            raise CheckpointFormatError(f"{path} holds the key {key!r} twice.")
+        made[key] = _from_json(item, path, depth)
+    return made
+
+
+def _reference(data: Any) -> TensorRef:
+    blob, row = data
+    if type(blob) is not int or type(row) is not int or blob < 0 or row < 0:
+        raise ValueError(f"tensor reference {data!r}")
+    return TensorRef(blob, row)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"the constant {name}")
+
+
+def _depth(data: bytes) -> int:
+    """How deep brackets are nested, found before a decoder recurses into them."""
+    depth = deepest = 0
+    for match in _BRACKET.finditer(_STRING.sub(b"", data)):
+        depth += 1 if match[0] in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest

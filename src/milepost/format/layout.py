@@ -1,0 +1,98 @@
+"""Where the bytes of a blob lie: a plain safetensors file, cut into pieces of 1 MiB that have a digest each.
+
+Pure: no I/O, no torch. Offsets are from the start of the file, ranges half-open, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+PIECE_BYTES = 1 << 20
+HEADER_ALIGN_BYTES = 64
+"""Tensor data starts at a multiple of this, so that a reader that maps the file gets aligned tensors."""
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Size of one element for each type name that safetensors has and this format uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor in a blob.
+
+    Attributes:
+        name: unique in its blob.
+        dtype: a key of `ITEM_BYTES`.
+        shape: as stored; elements lie in C order.
+        start: where its first byte lies in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class BlobLayout:
+    """A whole blob: its header as bytes, and its tensors in the order in which they lie behind it, without gaps."""
+
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+    size: int
+
+
+def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> BlobLayout:
+    """Lay out tensors given as (name, dtype, shape), in this order but for alignment: wide elements come first.
+
+    safetensors allows no gap between tensors, so each is aligned to its elements only if wider elements stand before
+    narrower ones. The sort is stable.
+    """
+    order = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor[1]])
+    offset = 0
+    fields: list[str] = []
+    relative: list[int] = []
+    for name, dtype, shape in order:
+        stop = offset + ITEM_BYTES[dtype] * math.prod(shape)
+        dims = ",".join(map(str, shape))
+        fields.append(f'{json.dumps(name)}:{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{offset},{stop}]}}')
+        relative.append(offset)
+        offset = stop
+    text = ("{" + ",".join(fields) + "}").encode()
+    text += b" " * (-(8 + len(text)) % HEADER_ALIGN_BYTES)
+    header = len(text).to_bytes(8, "little") + text
+    base = len(header)
+    entries = tuple(
+        TensorEntry(name, dtype, shape, base + start)
+        for (name, dtype, shape), start in zip(order, relative, strict=True)
+    )
+    return BlobLayout(header, entries, base + offset)
+
+
+def pieces(size: int) -> Iterator[tuple[int, int]]:
+    """The pieces of a file of `size` bytes, as ranges."""
+    for start in range(0, size, PIECE_BYTES):
+        yield start, min(start + PIECE_BYTES, size)
+
+
+def piece_count(size: int) -> int:
+    return -(-size // PIECE_BYTES)
+
+
+def pieces_of(start: int, stop: int) -> range:
+    """Numbers of the pieces that a range touches."""
+    return range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)) if stop > start else range(0)

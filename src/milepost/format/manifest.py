@@ -1,0 +1,255 @@
+"""The head and the indexes of a checkpoint directory: typed, checked whole before anything is believed.
+
+Pure: no I/O, no torch. See docs/format.md for the bytes. All numbers in a file are bounded by the sizes of the files
+themselves before memory is asked for, so that a hostile head cannot make a reader allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import xxhash
+
+from milepost.errors import CheckpointCorruptError, CheckpointFormatError
+from milepost.format.layout import ITEM_BYTES, TensorEntry, piece_count
+
+FORMAT = "milepost-checkpoint"
+VERSION = 1
+HEAD_NAME = "manifest.json"
+HEAD_MAX_BYTES = 8192
+TREE_NAME = "tree.json"
+_DIGEST_KEY = b',"xxh3_128":"'
+_DIGEST_TAIL_BYTES = len(_DIGEST_KEY) + 32 + 3  # …"}\n
+
+
+class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the directory whose bytes have one digest: an index, or the tree."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+
+
+class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of tensors.
+
+    Attributes:
+        group: what it was planned for (a key of the saved state); blobs of one group are kept apart by rate of change.
+        saves: commits that have linked it since it was written (0: written by this one).
+        verified: commits since its bytes were last read and verified.
+    """
+
+    name: str
+    bytes: int
+    index: Stored
+    group: str
+    saves: int = 0
+    verified: int = 0
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``manifest.json`` without its own digest.
+
+    Attributes:
+        time: of the save, in seconds since 1970.
+        metrics: name to number; JSON has no NaN and no infinity, those stand as text.
+        world_size: ranks of the run that saved.
+        maps: ``<group>.safetensors.index.json`` of each group that lies in two blobs, for other tools.
+    """
+
+    format: str
+    version: int
+    step: int
+    time: float
+    metrics: dict[str, float | str]
+    world_size: int
+    blobs: list[Blob]
+    tree: Stored
+    maps: list[Stored] = []
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What lies where in one blob, in columns: a million tensors then cost little more than their names.
+
+    Attributes:
+        bytes: size of the blob.
+        names, dtypes, shapes, starts: one row for each tensor, in the order of the file.
+        strides: by row, where the tensor's memory was dense but not in C order (channels last).
+        stored_as: by row, where torch's type is none of safetensors': the type's own name and the tensor's shape.
+        digests: 32 hexadecimal digits for each piece, one after the other.
+    """
+
+    version: int
+    bytes: int
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    starts: list[int]
+    strides: dict[str, list[int]]
+    stored_as: dict[str, tuple[str, list[int]]]
+    digests: str
+
+    def entry(self, row: int) -> TensorEntry:
+        return TensorEntry(self.names[row], self.dtypes[row], tuple(self.shapes[row]), self.starts[row])
+
+    def digest(self, piece: int) -> str:
+        return self.digests[32 * piece : 32 * piece + 32]
+
+
+def digest(data: Any) -> str:
+    """xxh3-128 of a buffer, as 32 hexadecimal digits."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def encode_head(head: Head) -> bytes:
+    """The bytes of ``manifest.json``.
+
+    Raises:
+        ValueError: it would be larger than `HEAD_MAX_BYTES`.
+    """
+    body = msgspec.json.encode(head)[:-1]
+    data = body + _DIGEST_KEY + digest(body).encode() + b'"}\n'
+    if len(data) > HEAD_MAX_BYTES:
+        raise ValueError(
+            f"The head of the checkpoint takes {len(data)} bytes of at most {HEAD_MAX_BYTES}: give fewer metrics, or"
+            " shorter names to the parts of the state."
+        )
+    return data
+
+
+def decode_head(data: bytes, path: str) -> Head:
+    """Read ``manifest.json``.
+
+    Raises:
+        CheckpointCorruptError: its digest does not hold.
+        CheckpointFormatError: it is sound, but of another format or of a newer version.
+    """
+    body, tail = data[:-_DIGEST_TAIL_BYTES], data[-_DIGEST_TAIL_BYTES:]
+    expected = _DIGEST_KEY + digest(body).encode() + b'"}\n'
+    if tail != expected:
+        raise CheckpointCorruptError(
+            f"{path} does not match its own digest. Resume from an older checkpoint.",
+            path=path,
+            byte_range=(0, len(data)),
+        )
+    try:
+        known = msgspec.json.decode(body + b"}", type=_Version)
+    except msgspec.MsgspecError as error:
+        raise CheckpointFormatError(f"{path} is no head of a checkpoint: {error}.") from error
+    if known.format != FORMAT or known.version > VERSION:
+        raise CheckpointFormatError(
+            f"{path} is of format {known.format!r} version {known.version}; this Milepost reads {FORMAT!r} up to"
+            f" version {VERSION}. Read it with a newer Milepost."
+        )
+    head: Head = _decode(body + b"}", Head, path)
+    names = [HEAD_NAME, head.tree.name, *(found.name for found in head.maps)]
+    for blob in head.blobs:
+        names += [blob.name, blob.index.name]
+    for name in names:
+        if not _plain_name(name):
+            raise CheckpointFormatError(f"{path} names the file {name!r}, which is not a plain name in its directory.")
+    if len(set(names)) != len(names):
+        raise CheckpointFormatError(
+            f"{path} names a file twice: {sorted(n for n in names if names.count(n) > 1)[0]!r}."
+        )
+    if any(b.bytes < 0 or b.index.bytes < 0 for b in head.blobs) or head.tree.bytes < 0 or head.step < 0:
+        raise CheckpointFormatError(f"{path} holds a negative size or step.")
+    return head
+
+
+class _Version(msgspec.Struct):
+    format: str
+    version: int
+
+
+def encode_index(index: Index) -> bytes:
+    return msgspec.json.encode(index)
+
+
+def decode_index(data: bytes, stored: Stored, blob: Blob, path: str) -> Index:
+    """Read an index and check that all it says fits into its blob.
+
+    Raises:
+        CheckpointCorruptError: its digest does not hold.
+        CheckpointFormatError: it contradicts itself: overlapping tensors, ranges out of the file, unknown types.
+    """
+    check_stored(data, stored, path)
+    index: Index = _decode(data, Index, path)
+    rows = len(index.names)
+    if {len(index.dtypes), len(index.shapes), len(index.starts)} != {rows} or index.bytes != blob.bytes:
+        raise CheckpointFormatError(f"{path}: its columns or its size do not fit together.")
+    if len(index.digests) != 32 * piece_count(index.bytes):
+        raise CheckpointFormatError(f"{path}: {len(index.digests) // 32} digests for {index.bytes} bytes.")
+    if len(set(index.names)) != rows:
+        raise CheckpointFormatError(f"{path}: two tensors have one name.")
+    previous = 8
+    for row in range(rows):
+        if index.dtypes[row] not in ITEM_BYTES or any(n < 0 for n in index.shapes[row]):
+            raise CheckpointFormatError(
+                f"{path}: tensor {index.names[row]!r} has dtype {index.dtypes[row]!r} and shape {index.shapes[row]}."
+            )
+        entry = index.entry(row)
+        if entry.start < previous or entry.stop > index.bytes:
+            raise CheckpointFormatError(
+                f"{path}: tensor {entry.name!r} lies at bytes {entry.start} to {entry.stop} of {index.bytes}, over"
+                " another tensor or outside of the file."
+            )
+        previous = entry.stop
+    for row_text, stride in index.strides.items():
+        _check_strides(index, row_text, stride, path)
+    for row_text in index.stored_as:
+        _row(index, row_text, path)
+    return index
+
+
+def check_stored(data: bytes, stored: Stored, path: str) -> None:
+    """Raise CheckpointCorruptError unless `data` is what `stored` describes."""
+    if len(data) != stored.bytes or digest(data) != stored.xxh3_128:
+        raise CheckpointCorruptError(
+            f"{path} does not match its digest ({len(data)} bytes, {stored.bytes} expected). Resume from an older"
+            " checkpoint.",
+            path=path,
+            byte_range=(0, len(data)),
+        )
+
+
+def _check_strides(index: Index, row_text: str, stride: list[int], path: str) -> None:
+    """Strides must walk over the tensor's own elements, each once."""
+    shape = index.shapes[_row(index, row_text, path)]
+    expected = 1
+    for size, step in sorted(zip(shape, stride, strict=False), key=lambda pair: pair[1]):
+        if size != 1 and step != expected:
+            expected = -1
+            break
+        expected *= size
+    if expected < 0 or len(shape) != len(stride):
+        raise CheckpointFormatError(f"{path}: strides {stride} do not fit the shape {shape}.")
+
+
+def _row(index: Index, text: str, path: str) -> int:
+    if not text.isdecimal() or len(text) > 12 or int(text) >= len(index.names):
+        raise CheckpointFormatError(f"{path}: there is no row {text!r}.")
+    return int(text)
+
+
+def _decode(data: bytes, kind: Any, path: str) -> Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is not what its name says: {error}.") from error
+
+
+def _plain_name(name: str) -> bool:
+    return 0 < len(name) <= 255 and name not in (".", "..") and not any(c in "/\\\0" or ord(c) < 32 for c in name)
+
+
+def metrics_as_data(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Metrics as the head holds them: JSON has no NaN and no infinity, so those stand as text."""
+    return {name: float(value) if value - value == 0 else repr(float(value)) for name, value in metrics.items()}
+
+
+def metrics_as_numbers(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    """The reverse of `metrics_as_data`; text that is no number is left out."""
+    return {n: float(v) for n, v in metrics.items() if not isinstance(v, str) or v in ("nan", "inf", "-inf")}

@@ -1,0 +1,188 @@
+"""`Checkpointer` in a plain loop: resumes into live objects, passes over damage, keeps errors and steps apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from milepost import Checkpointer
+from milepost.errors import (
+    CheckpointCorruptError,
+    CheckpointNotFoundError,
+    MisconfigurationException,
+    ResumeError,
+)
+
+
+class Run:
+    """A small loop with everything that has state."""
+
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).to(dtype)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5)
+        self.dtype = dtype
+        self.state: dict[str, Any] = {
+            "model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "extra": {"seen": 0},
+            "note": "new",
+        }  # fmt: skip
+
+    def step(self, number: int) -> None:
+        torch.manual_seed(number)
+        self.model(torch.randn(4, 6, dtype=self.dtype)).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.state["extra"]["seen"] = number
+
+    def everything(self) -> list[torch.Tensor]:
+        moments = [v for s in self.optimizer.state_dict()["state"].values() for v in s.values()]
+        rate = torch.tensor(self.optimizer.param_groups[0]["lr"])
+        return [*self.model.state_dict().values(), *moments, rate, torch.tensor(self.state["extra"]["seen"])]
+
+
+def assert_equal(one: Run, other: Run) -> None:
+    for a, b in zip(one.everything(), other.everything(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_loop_goes_on_as_if_nothing_had_happened(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = Run(1, dtype)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore(whole.state) == 0
+        for step in range(1, 6):
+            whole.step(step)
+            checkpointer.save(step, whole.state, {"loss": 0.5})
+    resumed = Run(2, dtype)
+    addresses = [p.data_ptr() for p in resumed.model.parameters()]
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3, 4, 5]
+        assert checkpointer.restore(resumed.state) == 5
+    assert [p.data_ptr() for p in resumed.model.parameters()] == addresses
+    assert resumed.state["note"] == "new" and resumed.state["extra"]["seen"] == 5
+    assert_equal(whole, resumed)
+    for step in range(6, 9):
+        whole.step(step)
+        resumed.step(step)
+    assert_equal(whole, resumed)
+
+
+def test_moments_keep_their_own_type(tmp_path: Path) -> None:
+    """torch's load_state_dict casts fp32 moments of bf16 parameters; here they come back as they were."""
+    run = Run(1, torch.bfloat16)
+    run.step(1)
+    for item in run.optimizer.state.values():
+        item["exp_avg"] = item["exp_avg"].float() + 1e-6
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, run.state)
+        resumed = Run(2, torch.bfloat16)
+        checkpointer.restore(resumed.state)
+    assert_equal(run, resumed)
+
+
+def saved(tmp_path: Path, steps: int = 3) -> Run:
+    run = Run(1)
+    with Checkpointer(tmp_path, background=False) as checkpointer:
+        for step in range(1, steps + 1):
+            run.step(step)
+            checkpointer.save(step, run.state)
+    return run
+
+
+def damage(tmp_path: Path, step: int) -> None:
+    blob = tmp_path / f"step-{step:08d}" / "model.safetensors"
+    blob.chmod(0o644)
+    data = bytearray(blob.read_bytes())
+    data[-20] ^= 4
+    blob.write_bytes(data)
+
+
+def test_restore_goes_to_the_newest_good_one_and_says_so(tmp_path: Path) -> None:
+    saved(tmp_path)
+    damage(tmp_path, 3)
+    run = Run(5)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.warns(UserWarning, match="passing over the damaged checkpoint of step 3") as told:
+            assert checkpointer.restore(run.state) == 2
+        assert len(told) == 1 and run.state["extra"]["seen"] == 2
+        with pytest.raises(CheckpointCorruptError):
+            checkpointer.restore(run.state, step=3)
+        with pytest.raises(CheckpointCorruptError, match=r"bytes 0 to \d+, in the tensor model\."):
+            checkpointer.verify(3)
+
+
+def test_when_all_are_damaged_it_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    saved(tmp_path, steps=2)
+    damage(tmp_path, 1)
+    damage(tmp_path, 2)
+    with (
+        Checkpointer(tmp_path) as checkpointer,
+        pytest.warns(UserWarning, match="passing over"),
+        pytest.raises(CheckpointCorruptError, match="step-00000002"),
+    ):
+        checkpointer.restore(Run(5).state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(other=nn.Linear(1, 1)), "nothing under"),
+        (lambda s: s.update(model=nn.Linear(6, 8)), "does not fit Linear"),
+        (lambda s: s.update(model=nn.Sequential(nn.Linear(7, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))), "shape"),
+        (lambda s: s.update(model=Run(1, torch.float64).model), "torch.float64"),
+        (lambda s: s.update(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), "parameters"),
+    ],
+)
+def test_what_does_not_fit_touches_nothing(tmp_path: Path, change: Any, message: str) -> None:
+    saved(tmp_path)
+    run = Run(5)
+    change(run.state)
+    before = [t.clone() for t in run.everything()]
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(ResumeError, match=message):
+        checkpointer.restore(run.state)
+    for one, other in zip(before, run.everything(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_load_and_remove_and_what_is_not_there(tmp_path: Path) -> None:
+    run = saved(tmp_path)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert torch.equal(checkpointer.load(3)["model"]["0.weight"], run.model[0].weight)
+        checkpointer.remove(3)
+        checkpointer.remove(3)
+        assert checkpointer.steps() == [1, 2]
+        with pytest.raises(CheckpointNotFoundError, match=r"there are: \[1, 2\]"):
+            checkpointer.load(3)
+        with pytest.raises(CheckpointNotFoundError):
+            checkpointer.restore(run.state, step=9)
+
+
+def test_a_step_saved_twice_is_the_newer_one(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        for number in (1, 2):
+            checkpointer.save(7, {"n": number})
+        checkpointer.wait()
+        assert checkpointer.load(7) == {"n": 2} and checkpointer.steps() == [7]
+
+
+def test_a_failure_in_the_background_does_not_hide_the_error_of_the_loop(tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("a file")
+    with pytest.raises(RuntimeError, match="the loop") as caught, Checkpointer(tmp_path / "d") as checkpointer:
+        checkpointer.save(1, {"n": 1})
+        raise RuntimeError("the loop")
+    assert any("a save failed" in note for note in caught.value.__notes__)
+
+
+def test_arguments_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="on_busy='drop'"):
+        Checkpointer(tmp_path, on_busy="drop")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="threads=0"):
+        Checkpointer(tmp_path, threads=0)
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(MisconfigurationException, match="step=-1"):
+        checkpointer.save(-1, {})
