@@ -5,23 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
-from milepost.data.sources import PlainSource, TrackedLoader
+from milepost.data.sources import PlainSource, TrackedLoader, length_of
 from milepost.errors import MisconfigurationException, ResumeError
 
 MODES = ("max_size_cycle", "min_size", "max_size", "sequential")
-
-
-class CombinedLoader:
-    """Several loaders read together: see the modes of `BatchStream`."""
-
-    def __init__(self, iterables: Any, mode: str = "min_size") -> None:
-        if mode not in MODES:
-            raise MisconfigurationException(f"CombinedLoader(mode={mode!r}): use one of {', '.join(MODES)}.")
-        self.iterables = iterables
-        self.mode = mode
 
 
 class BatchStream:
@@ -50,6 +41,7 @@ class BatchStream:
     ) -> None:
         if isinstance(loaders, CombinedLoader):
             loaders, mode = loaders.iterables, loaders.mode
+        self.loaders = loaders
         if mode not in MODES:
             raise MisconfigurationException(f"mode={mode!r}: use one of {', '.join(MODES)}.")
         flat, self._tree = tree_flatten(loaders)
@@ -68,10 +60,11 @@ class BatchStream:
         ]
         lengths = [source.length() for source in self._sources]
         self._limits = [_limited(length, limits, name) for length in lengths]
-        for source, most in zip(self._sources, self._limits, strict=True):
-            source.limit = most
         self._look_ahead = any(math.isinf(length) for length in lengths)
         self.num_batches: Any = self._limits if mode == "sequential" else _combined(self._limits, mode)
+        for source, most in zip(self._sources, self._limits, strict=True):
+            # read together, a loader with fewer batches than the others starts again after all of its own
+            source.limit = most if mode == "sequential" else self.num_batches
         self.is_last = False
         self.batches_seen = 0
         self._epoch = 0
@@ -208,8 +201,48 @@ class BatchStream:
             source.close()
 
 
+class CombinedLoader:
+    """Several loaders read together; a Trainer takes it wherever it takes a loader.
+
+    Args:
+        iterables: one loader, or a nested list or dict of them.
+        mode: see `BatchStream`. `fit` takes all but ``"sequential"``, `predict` only that one.
+
+    By itself it yields ``(batch, batch_idx, dataloader_idx)``.
+
+    Raises:
+        MisconfigurationException: an unknown mode.
+    """
+
+    def __init__(self, iterables: Any, mode: str = "min_size") -> None:
+        if mode not in MODES:
+            raise MisconfigurationException(f"CombinedLoader(mode={mode!r}): use one of {', '.join(MODES)}.")
+        self.iterables = iterables
+        self.mode = mode
+
+    @property
+    def flattened(self) -> list[Any]:
+        """The loaders, in the order in which they are read."""
+        return tree_flatten(self.iterables)[0]
+
+    def __iter__(self) -> BatchStream:
+        # as a DataLoader takes its own seed: another order each time, the same under the same global seed
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        stream = BatchStream(self, mode=self.mode, limits=None, seed=seed)
+        stream.begin(0)
+        return stream
+
+    def __len__(self) -> int:
+        """Batches in all. Raises TypeError where a loader does not know its length."""
+        lengths = [length_of(loader) for loader in self.flattened]
+        batches = sum(lengths) if self.mode == "sequential" else _combined(lengths, self.mode)
+        if math.isinf(batches):
+            raise TypeError("A loader of this CombinedLoader does not know its length.")
+        return int(batches)
+
+
 def _limited(length: int | float, limit: int | float | None, name: str) -> int | float:
-    if limit is None:
+    if limit is None or length == 0:
         return length
     if isinstance(limit, int):
         return min(length, limit)

@@ -85,6 +85,12 @@ def dev_batches(fast_dev_run: int | bool) -> int:
     return int(fast_dev_run)
 
 
+def not_negative(value: int, name: str) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise MisconfigurationException(f"{name}={value!r} must be an int of at least 0.")
+    return value
+
+
 def positive(value: int, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise MisconfigurationException(f"{name}={value!r} must be an int of at least 1.")

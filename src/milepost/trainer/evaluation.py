@@ -48,11 +48,16 @@ class EvaluationLoop:
         )
         return step_defined and getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches") != 0
 
-    def load_data(self, force: bool = False) -> None:
+    def forget_data(self) -> None:
+        """A new run asks for its own loaders."""
+        self.close()
+        self.stream = None
+
+    def load_data(self) -> None:
         """Ask for the loaders, again only when `reload_dataloaders_every_n_epochs` says so."""
         every, epoch = self.trainer.reload_dataloaders_every_n_epochs, self.trainer.current_epoch
         due = bool(every) and self.loading is not None and epoch - self.loading.epoch >= every
-        if not (self.stream is None or force or due):
+        if not (self.stream is None or due):
             return
         self.close()
         limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
@@ -63,6 +68,7 @@ class EvaluationLoop:
         self._seen_batches = {}
         if again is not None and again.resting is not None and self.stream is not None:
             self.stream.load_resting_state(again.resting)
+        check_step_signature(self.trainer.lightning_module, self.stage, len(self.num_batches))
 
     def close(self) -> None:
         """Let loader workers go."""

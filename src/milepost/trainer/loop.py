@@ -15,7 +15,7 @@ from milepost.trainer.optimization import Optimization, Reached
 from milepost.trainer.preflight import check_checkpoint
 from milepost.trainer.progress import FitProgress, Phase
 from milepost.trainer.signals import save_for_requeue
-from milepost.trainer.sources import training_stream
+from milepost.trainer.sources import training_loaders, training_stream
 from milepost.trainer.standing import BeforeBatch, Standing, callback_states, saves_on_exception
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class FitLoop:
         self.loading: Loading | None = None
         self.loading_to_repeat: Loading | None = None  # of a checkpoint
         self.val_check_batch: int | float = math.inf
+        self._loaders: Any = None
         self._last_validation_time = 0.0
         self._undoes = False  # an error in a batch leads to a checkpoint: random state is kept from before each
 
@@ -53,7 +54,7 @@ class FitLoop:
         resumed, self.resumed = self.resumed, None
         if resumed is None:
             self.kept = None
-        self._load_data(force=True)
+        self.load_data(rebuild=True)
         if self.stream is None or self.stream.num_batches == 0 or (self._done() and resumed is not Phase.EPOCH_END):
             return
         torch.set_grad_enabled(True)
@@ -61,6 +62,8 @@ class FitLoop:
             trainer.metrics.begin_training_epoch()
         self._undoes = saves_on_exception(trainer)
         self._last_validation_time = time.monotonic()
+        if self._validation_epoch():
+            trainer.evaluation_loops["validation"].load_data()
         trainer.call("on_train_start")
         check_checkpoint(trainer)
         while not self._done() or resumed is Phase.EPOCH_END:
@@ -90,7 +93,7 @@ class FitLoop:
 
     def _begin_epoch(self, midway: bool, resumed: Phase | None) -> None:
         trainer, progress = self.trainer, self.progress
-        self._load_data()
+        self.load_data()
         assert self.stream is not None
         if not midway:
             progress.batch.reset_current()
@@ -140,7 +143,9 @@ class FitLoop:
             trainer.warn_once("train_dataloader yielded None; the batch is skipped.")
         else:
             skip = trainer.call("on_train_batch_start", batch, batch_idx) == -1
-            if not skip:
+            if skip:
+                progress.batch.is_last_batch = True
+            else:
                 progress.batch.add("started")
                 with trainer.profile("run_training_batch"):
                     outputs = self.optimization.run_batch(batch, batch_idx, self.accumulating)
@@ -307,13 +312,16 @@ class FitLoop:
             )
         return trainer.should_stop and self.can_stop_early
 
+    def _validation_epoch(self) -> bool:
+        trainer = self.trainer
+        every = trainer.check_val_every_n_epoch
+        return trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every == 0)
+
     def _validation_due(self) -> bool:
         trainer, progress = self.trainer, self.progress
-        if not trainer.enable_validation:
+        if not self._validation_epoch():
             return False
         every = trainer.check_val_every_n_epoch
-        if every is not None and (trainer.current_epoch + 1) % every:
-            return False
         last = self._last_batch_reached
         if trainer.should_stop and self.can_stop_early:
             return True
@@ -326,19 +334,23 @@ class FitLoop:
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
-    def _load_data(self, force: bool = False) -> None:
+    def load_data(self, rebuild: bool = False) -> None:
+        """Ask for the loaders once in a fit, and again where `reload_dataloaders_every_n_epochs` says so.
+
+        With `rebuild` the stream over them is made anew: the seed of the data may have become known since.
+        """
         epoch, every = self.progress.epoch.current.processed, self.trainer.reload_dataloaders_every_n_epochs
         due = bool(every) and self.loading is not None and epoch - self.loading.epoch >= every
-        if not (force or due or self.loading is None):
+        again, self.loading_to_repeat = self.loading_to_repeat, None
+        if not (rebuild or due or self.loading is None or again is not None):
             return
-        if self.stream is not None:
-            self.stream.close()
-        loading, self.loading_to_repeat = self.loading_to_repeat, None
-        if loading is None:
-            self.loading = Loading.now(epoch)
-            self.stream = training_stream(self.trainer)
+        if again is not None:
+            self._load_data_again(again, due=bool(every) and epoch - again.epoch >= every)
         else:
-            self._load_data_again(loading, due=bool(every) and epoch - loading.epoch >= every)
+            if self.loading is None or due:
+                self.loading = Loading.now(epoch)
+                self._loaders = training_loaders(self.trainer)
+            self._build_stream()
         if self.stream is not None:
             self.val_check_batch = self._val_check_batch(self.stream.num_batches)
 
@@ -348,14 +360,27 @@ class FitLoop:
             self.loading = Loading(self.progress.epoch.current.processed, self.rng_state)
             with isolated_rng():
                 self.rng_state.restore()
-                self.stream = training_stream(self.trainer)
+                self._loaders = training_loaders(self.trainer)
+                self._build_stream()
                 self.rng_state = RngState.capture()
             return
         with loading.repeated(self.trainer):
-            self.stream = training_stream(self.trainer)
+            self._loaders = training_loaders(self.trainer)
+            self._build_stream()
         self.loading = loading
         if self.stream is not None and loading.resting is not None:
             self.stream.load_resting_state(loading.resting)
+
+    def _build_stream(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+        self.stream = training_stream(self.trainer, self._loaders)
+
+    def forget_data(self) -> None:
+        """A new fit asks for its own loaders."""
+        if self.stream is not None:
+            self.stream.close()
+        self.stream, self._loaders, self.loading = None, None, None
 
     def _val_check_batch(self, batches: int | float) -> int | float:
         trainer = self.trainer

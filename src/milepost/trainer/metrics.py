@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import numbers
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -403,7 +404,7 @@ def _scalar(name: str, value: Any, enable_graph: bool) -> torch.Tensor:
         tensor = value if enable_graph else value.detach().clone()
         if tensor.dtype not in (torch.float32, torch.float64):
             tensor = tensor.to(wide)
-    elif isinstance(value, (str, bytes, Mapping)) or value is None:
+    elif not isinstance(value, numbers.Number):
         raise ValueError(
             f"self.log({name!r}, ...) got {value!r}: it takes a number, a scalar tensor or a torchmetrics Metric. For"
             " several values there is self.log_dict."

@@ -177,8 +177,12 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"`` or ``"max"``.
             batch_size: weight of the mean; read off the batch where it is not given.
         """
-        if self._trainer is None or self._current_hook is None:
+        if self._trainer is None or (self._current_hook is None and self._trainer.state.status != "running"):
             return  # not in a run: a step called by hand from a test or a notebook logs nothing
+        if self._current_hook is None:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) outside of a step or an epoch hook: values cannot be logged there."
+            )
         if self._trainer.barebones:
             self._trainer.warn_once("self.log does nothing under Trainer(barebones=True), which measures raw speed.")
             return
@@ -256,11 +260,27 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of `optimizer`'s parameters, by ``"norm"`` (default) or ``"value"``."""
-        if gradient_clip_val:
-            self.trainer.precision_plugin.clip_gradients(
-                optimizer, gradient_clip_val, gradient_clip_algorithm or "norm"
-            )
+        """Clip the gradients of `optimizer`'s parameters, by ``"norm"`` (default) or ``"value"``.
+
+        What is not given is the Trainer's.
+
+        Raises:
+            MisconfigurationException: the Trainer was given another value or algorithm; an unknown algorithm.
+        """
+        trainer = self.trainer
+        given = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
+        for name, value in given.items():
+            default = getattr(trainer, name)
+            if value is not None and default is not None and value != default:
+                raise MisconfigurationException(
+                    f"clip_gradients({name}={value!r}), but Trainer({name}={default!r}): give one of the two."
+                )
+        limit = trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
+        if algorithm not in ("norm", "value"):
+            raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r}: use 'norm' or 'value'.")
+        if limit:
+            trainer.precision_plugin.clip_gradients(optimizer, limit, algorithm)
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:

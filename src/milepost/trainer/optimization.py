@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
@@ -62,11 +63,7 @@ def parse_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConf
 def _from_mappings(items: list[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
     configs = []
     for item in items:
-        if unknown := set(item) - {"optimizer", "lr_scheduler", "monitor", "frequency"}:
-            raise MisconfigurationException(
-                f"configure_optimizers returned a dict with the key {sorted(unknown)[0]!r}. Its keys may be optimizer, "
-                "lr_scheduler, monitor."
-            )
+        _warn_of(set(item) - {"optimizer", "lr_scheduler", "monitor", "frequency"}, "optimizer, lr_scheduler, monitor")
         if (given := item.get("lr_scheduler")) is not None:
             configs.append(_scheduler(given, monitor=item.get("monitor")))
     return [item["optimizer"] for item in items], configs
@@ -74,19 +71,41 @@ def _from_mappings(items: list[Mapping[str, Any]]) -> tuple[list[Optimizer], lis
 
 def _scheduler(given: Any, monitor: str | None = None) -> SchedulerConfig:
     options = dict(given) if isinstance(given, Mapping) else {"scheduler": given}
-    unknown = set(options) - set(SchedulerConfig.__dataclass_fields__)
-    if unknown or "scheduler" not in options:
-        raise MisconfigurationException(
-            f"lr_scheduler={options!r}: it needs the key 'scheduler' and may have "
-            f"{sorted(set(SchedulerConfig.__dataclass_fields__) - {'scheduler'})}."
-        )
-    config = SchedulerConfig(**{"monitor": monitor, **options})
+    known = list(SchedulerConfig.__dataclass_fields__)
+    if "scheduler" not in options:
+        raise MisconfigurationException(f"lr_scheduler={options!r} needs the key 'scheduler'; it may have {known}.")
+    _warn_of(set(options) - set(known), ", ".join(known))
+    config = SchedulerConfig(**{"monitor": monitor, **{key: options[key] for key in options if key in known}})
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(f"lr_scheduler interval={config.interval!r}: use 'step' or 'epoch'.")
     if not isinstance(config.scheduler, LRScheduler) and not hasattr(config.scheduler, "step"):
         raise MisconfigurationException(f"lr_scheduler={config.scheduler!r} has no method `step`.")
     return config
+
+
+def _warn_of(unknown: set[Any], known: str) -> None:
+    if unknown:
+        warnings.warn(
+            f"configure_optimizers returned a dict with the key {sorted(map(str, unknown))[0]!r}, which means nothing"
+            f" there. Its keys may be {known}.",
+            stacklevel=2,
+        )
+
+
+def require_attached(optimizers: list[Optimizer], configs: list[SchedulerConfig]) -> None:
+    """A scheduler of an optimizer that is not trained with would move nothing.
+
+    Raises:
+        MisconfigurationException: there is one.
+    """
+    for config in configs:
+        optimizer = getattr(config.scheduler, "optimizer", None)
+        if optimizer is not None and all(getattr(o, "optimizer", o) is not optimizer for o in optimizers):
+            raise MisconfigurationException(
+                f"{type(config.scheduler).__name__} moves an optimizer that configure_optimizers did not return. Build"
+                " it on one that is returned."
+            )
 
 
 def require_monitors(configs: list[SchedulerConfig]) -> None:
@@ -156,9 +175,12 @@ class Optimization:
         if not module.automatic_optimization:
             return _manual_output(self._training_step(batch, batch_idx))
         closure = self._closure(batch, batch_idx, accumulating)
-        if accumulating or not self.steppers:
-            with torch.enable_grad():
-                closure()
+        if accumulating:
+            closure()
+        elif not self.steppers:  # counted all the same: `max_steps` and the checkpoints' triggers go by it
+            self._progress.optimizer_step.add("ready")
+            closure()
+            self._progress.optimizer_step.add("completed")
         else:
             self._progress.optimizer_step.add("ready")
             with trainer.in_hook("optimizer_step"), trainer.profile("optimizer_step", module):
@@ -210,7 +232,7 @@ class Optimization:
             trainer.call("on_before_zero_grad", stepper.optimizer)
             self._progress.zero_grad.add("started")
             module = trainer.lightning_module
-            with trainer.profile("optimizer_zero_grad", module):
+            with trainer.in_hook("optimizer_zero_grad"), trainer.profile("optimizer_zero_grad", module):
                 module.optimizer_zero_grad(trainer.current_epoch, batch_idx, stepper.optimizer)
             self._progress.zero_grad.add("completed")
 
@@ -219,7 +241,7 @@ class Optimization:
         self.reached = Reached.BACKWARD
         scaled = trainer.precision_plugin.scale(loss)
         trainer.call("on_before_backward", scaled)
-        with trainer.profile("backward", trainer.strategy):
+        with trainer.in_hook("backward"), trainer.profile("backward", trainer.strategy):
             trainer.lightning_module.backward(scaled, *args, **kwargs)
         trainer.call("on_after_backward")
 

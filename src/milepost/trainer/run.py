@@ -10,10 +10,9 @@ from milepost.data.rng import isolated_rng, run_seed
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer import assembly
 from milepost.trainer.buffers import mark_buffers
-from milepost.trainer.evaluation import check_step_signature
 from milepost.trainer.migration import migrate_checkpoint
 from milepost.trainer.module import Module
-from milepost.trainer.optimization import parse_optimizers, require_monitors
+from milepost.trainer.optimization import parse_optimizers, require_attached, require_monitors
 from milepost.trainer.profiling import begin_profile, end_profile
 from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.state import restore_model, restore_training
@@ -36,6 +35,9 @@ def run(
     provided = model is not None
     model = assembly.checked_module(model, trainer.lightning_module, fn)
     trainer.loaders, trainer.datamodule = assembly.checked_data(loaders, datamodule)
+    if fn == "fit":
+        trainer.fit_loop.forget_data()
+    trainer.evaluation_loops[{"fit": "validation", "validate": "validation"}.get(fn, fn)].forget_data()
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False
     trainer.strategy.connect(model)
@@ -144,15 +146,10 @@ def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
 def _fit(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     validation = trainer.evaluation_loops["validation"]
-    validation.close()
-    validation.stream = None
     if trainer.enable_validation and trainer.num_sanity_val_steps != 0 and loop.resumed is None:
         trainer.state.stage = "sanity_check"
         validation.sanity_check(trainer.num_sanity_val_steps)
         trainer.state.stage = "train"
-    if trainer.enable_validation:
-        validation.load_data()
-        check_step_signature(trainer.lightning_module, "validation", len(validation.num_batches))
     try:
         loop.run()
     finally:
@@ -166,13 +163,12 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
     fitted_seed = trainer.data_seed
     with isolated_rng():
         trainer.data_seed = run_seed()
-        loop.load_data(force=True)
+        loop.load_data()
         if loop.stream is None:
             prefix = {"validate": "val"}.get(fn, fn)
             raise MisconfigurationException(
                 f"`Trainer.{fn}` needs data: define `{prefix}_dataloader`, or pass dataloaders=..."
             )
-        check_step_signature(trainer.lightning_module, loop.stage, len(loop.num_batches))
         try:
             results = loop.run()
         finally:
@@ -186,6 +182,7 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
 def _configure_optimizers(trainer: Trainer, model: Module) -> None:
     with trainer.in_hook("configure_optimizers"), trainer.profile("configure_optimizers", model):
         trainer.optimizers, trainer.lr_scheduler_configs = parse_optimizers(model.configure_optimizers())
+    require_attached(trainer.optimizers, trainer.lr_scheduler_configs)
     if model.automatic_optimization:
         require_monitors(trainer.lr_scheduler_configs)
     if model.automatic_optimization and len(trainer.optimizers) > 1:

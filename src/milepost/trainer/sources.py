@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from milepost.data.stream import BatchStream
+from milepost.data.stream import BatchStream, CombinedLoader
 from milepost.errors import MisconfigurationException
 from milepost.trainer.module import Module, is_overridden
 
@@ -35,8 +35,12 @@ def _base_of(source: object) -> type:
     return Module if isinstance(source, Module) else DataModule
 
 
-def training_stream(trainer: Trainer) -> BatchStream | None:
-    """The stream of training batches, or None where there is nothing to train on."""
+def training_loaders(trainer: Trainer) -> Any:
+    """The loaders to train on, or None where the limit allows no batches.
+
+    Raises:
+        MisconfigurationException: nobody defines them.
+    """
     if trainer.limit_train_batches == 0:
         return None
     loaders = requested_loaders(trainer, "train")
@@ -44,6 +48,22 @@ def training_stream(trainer: Trainer) -> BatchStream | None:
         raise MisconfigurationException(
             f"`Trainer.fit` needs training data: define `train_dataloader` on {type(trainer.lightning_module).__name__}"
             " or on a DataModule, or call trainer.fit(model, train_dataloaders=...)."
+        )
+    return loaders
+
+
+def training_stream(trainer: Trainer, loaders: Any) -> BatchStream | None:
+    """The stream of training batches, or None where there is nothing to train on.
+
+    Raises:
+        MisconfigurationException: a CombinedLoader reads one loader after the other, which is for evaluation.
+    """
+    if loaders is None:
+        return None
+    if isinstance(loaders, CombinedLoader) and loaders.mode == "sequential":
+        raise MisconfigurationException(
+            "CombinedLoader(mode='sequential') is for validate, test and predict. To train, use 'min_size', 'max_size'"
+            " or 'max_size_cycle'."
         )
     return _stream(trainer, "train", loaders, trainer.limit_train_batches, mode="max_size_cycle")
 

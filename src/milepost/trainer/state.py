@@ -194,7 +194,7 @@ def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    states = checkpoint["optimizer_states"]
+    states = [state for state in checkpoint["optimizer_states"] if state]  # Lightning writes {} where there is none
     if len(states) != len(trainer.optimizers):
         raise ResumeError(
             f"The checkpoint holds {len(states)} optimizers, configure_optimizers returned {len(trainer.optimizers)}."

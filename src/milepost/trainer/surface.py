@@ -154,18 +154,30 @@ class TrainerSurface:
 
     @property
     def train_dataloader(self) -> Any:
-        return self.loaders.get("train")
+        """The loaders that `fit` reads, as they were given or returned; None before they were asked for."""
+        return getattr(self.fit_loop.stream, "loaders", None)
 
     @property
     def val_dataloaders(self) -> Any:
-        return self.loaders.get("val")
+        """The loaders that validation reads; None before they were asked for."""
+        return getattr(self.evaluation_loops["validation"].stream, "loaders", None)
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The loaders that `test` reads; None before they were asked for."""
+        return getattr(self.evaluation_loops["test"].stream, "loaders", None)
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The loaders that `predict` reads; None before they were asked for."""
+        return getattr(self.evaluation_loops["predict"].stream, "loaders", None)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """Optimizer steps that this fit will take in all. Asking changes nothing: no loader is begun."""
         if self.max_epochs == -1:
             return float("inf") if self.max_steps == -1 else self.max_steps
-        self.fit_loop._load_data()
+        self.fit_loop.load_data()
         batches = self.num_training_batches
         if batches == float("inf"):
             return self.max_steps if self.max_steps != -1 else float("inf")

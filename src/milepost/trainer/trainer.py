@@ -127,7 +127,9 @@ class Trainer(TrainerSurface):
         self.gradient_clip_algorithm = assembly.clip_algorithm(gradient_clip_algorithm)
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
-        self.reload_dataloaders_every_n_epochs = reload_dataloaders_every_n_epochs
+        self.reload_dataloaders_every_n_epochs = defaults.not_negative(
+            reload_dataloaders_every_n_epochs, "reload_dataloaders_every_n_epochs"
+        )
         self.enable_autolog_hparams = enable_autolog_hparams
         self.default_root_dir = defaults.root_dir(default_root_dir)
         assembly.set_determinism(deterministic, benchmark)
