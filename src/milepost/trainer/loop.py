@@ -62,7 +62,7 @@ class FitLoop:
             trainer.metrics.begin_training_epoch()
         self._undoes = saves_on_exception(trainer)
         self._last_validation_time = time.monotonic()
-        if self._validation_epoch():
+        if trainer.enable_validation:  # also where its first epoch is far: checkpointers ask whether there will be any
             trainer.evaluation_loops["validation"].load_data()
         trainer.call("on_train_start")
         check_checkpoint(trainer)
