@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -278,3 +279,22 @@ def test_what_a_killed_save_left_is_swept_and_a_save_under_way_is_not(tmp_path: 
         assert not stale.exists()
     assert (tmp_path / "b.ckpt").read_bytes() == b"whole"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
+
+
+def test_saves_at_once_in_one_directory_do_not_sweep_each_other_away(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+
+    def save(name: str) -> None:
+        for _ in range(100):
+            try:
+                with local.replacing(tmp_path / name) as file:
+                    file.write(b"whole")
+            except CheckpointSaveError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=save, args=(name,)) for name in ("a", "b", "c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]

@@ -39,16 +39,13 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PENDING, dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(number, "w+b") as file:
-            with suppress(OSError):  # a file system without locks: nothing is swept there either
-                fcntl.flock(file, fcntl.LOCK_EX)  # tells it from what a killed process left behind
+        temporary, file = _pending(path)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
-        temporary.replace(path)
+            temporary.chmod(0o666 & ~_UMASK)
+            temporary.replace(path)  # before the lock is given up with the file: else a sweep could take it for stale
         sync_directory(path.parent)
     except Exception as error:
         if temporary is not None:
@@ -66,6 +63,18 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
             with suppress(OSError):
                 temporary.unlink()
         raise
+
+
+def _pending(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new temporary file beside `path`, locked, which tells it from what a killed process left behind."""
+    while True:
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PENDING, dir=path.parent)
+        file = os.fdopen(number, "w+b")
+        with suppress(OSError):  # a file system without locks: nothing is swept there either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.lexists(name):
+            return Path(name), file
+        file.close()  # somebody's sweep came between its making and its lock
 
 
 def sweep(directory: Path) -> None:
@@ -96,7 +105,7 @@ def probe(directory: str | os.PathLike[str]) -> int:
     """
     path = Path(directory).absolute()
     place = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
-    with tempfile.NamedTemporaryFile(prefix=".probe.", suffix=_PENDING, dir=place) as file:
+    with tempfile.TemporaryFile(dir=place) as file:  # without a name: nobody sees it, nothing is left
         file.write(bytes(4096))
         file.flush()
         os.fsync(file.fileno())

@@ -32,6 +32,11 @@ class AsyncSave:
     def done(self) -> bool:
         return self._future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended badly, whoever was told of it."""
+        return self.done() and self._future.exception() is not None
+
     def result(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint is durable; raise what the save failed with, once."""
         self._future.exception(timeout)
@@ -39,7 +44,7 @@ class AsyncSave:
             raise error
 
     def _failed(self) -> bool:
-        return self.done() and self._future.exception() is not None and not self._reported
+        return self.failed and not self._reported
 
     def _take_error(self) -> CheckpointSaveError | None:
         """What it failed with, to whoever asks first."""
@@ -176,6 +181,9 @@ class AsyncCheckpointIO(CheckpointIO):
         self._settle(source)
         self._settle(target)
         return bool(io_calls.link(self.checkpoint_io, source, target))
+
+    def probe(self, directory: Any) -> int | None:
+        return io_calls.probe(self.checkpoint_io, directory)
 
     def check(self, checkpoint: dict[str, Any]) -> None:
         io_calls.check(self.checkpoint_io, checkpoint)
