@@ -93,8 +93,10 @@ class Saver:
         return None
 
     def _failed(self, trainer: Any, error: OSError) -> None:
+        others = getattr(error, "others", ())  # further ones that an asynchronous plugin reports with the first
         self.failed_saves += 1
         if self.on_error == "raise":
+            self.failed_saves += len(others)
             raise error
         step = getattr(error, "step", None)  # of a save in the background: earlier than now
         warnings.warn(
@@ -102,6 +104,8 @@ class Saver:
             f"{error} Training goes on; the newest checkpoint is an older one until a save succeeds",
             stacklevel=2,
         )
+        for other in others:
+            self._failed(trainer, other)
 
     def _index(self, trainer: Any, put: list[Record], removed: Sequence[str]) -> None:
         directory = self.ledger.dirpath

@@ -67,7 +67,10 @@ class Logger:
         """Called once a checkpoint of `checkpoint_callback` is durable, so that its file may be read or uploaded."""
 
     def after_remove_checkpoint(self, path: str) -> None:
-        """Called once the checkpoint at `path` has been deleted by retention, so that a copy elsewhere may go too."""
+        """Called when retention has given up the checkpoint at `path`, so that a copy elsewhere may go too.
+
+        It is deleted by then; an asynchronous plugin deletes it behind the saves that were asked for before.
+        """
 
 
 class DummyLogger(Logger):
