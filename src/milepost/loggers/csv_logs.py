@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +11,28 @@ from typing import Any
 
 from milepost import _distributed
 from milepost.errors import MisconfigurationException
-from milepost.loggers.logger import Logger, next_version, plain_metrics, plain_params
+from milepost.loggers.local import LocalLogger, replace
+from milepost.loggers.logger import plain_metrics
 
 
-class CSVLogger(Logger):
+class CSVLogger(LocalLogger):
     """Writes ``metrics.csv`` and ``hparams.yaml`` under ``save_dir/name/version_N``.
 
-    Rows are appended, and a file that is already there is taken over: a resumed run that is given the same `version`
-    continues it, and no row is ever dropped. A metric that first appears later gets a new column; the file is then
-    rewritten beside itself and put in place at once, so that a crash leaves the old file or the new one.
+    Rows are appended, and a file that is already there is taken over. A metric that first appears later gets a new
+    column; the file is then rewritten beside itself and put in place at once, so that a crash leaves the old file or
+    the new one.
+
+    A run that goes on from a checkpoint in the same `version` has each row once: what was written after the checkpoint
+    is about to be written again, so those rows are taken out. This happens only where the file holds the rows that the
+    checkpoint knows of; the rows of another run are left alone.
 
     Args:
         save_dir: folder under which everything is written.
         name: name of the experiment, a folder below `save_dir`; None or "" for none.
         version: number or folder name of the run; the next free number if None.
         prefix: put before each metric's name, as ``prefix-name``.
-        flush_logs_every_n_steps: rows are written once this many `log_metrics` calls are collected.
+        flush_logs_every_n_steps: rows are written once this many `log_metrics` calls are collected; also with each
+            checkpoint, and when the run ends.
     """
 
     def __init__(
@@ -37,108 +43,105 @@ class CSVLogger(Logger):
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
     ) -> None:
+        super().__init__(save_dir, name, version, prefix)
         if flush_logs_every_n_steps < 1:
             raise MisconfigurationException(
                 f"flush_logs_every_n_steps is {flush_logs_every_n_steps!r}, but rows are written every so many steps: "
                 "give 1 or more"
             )
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
-        self._prefix = prefix
         self._flush_every = flush_logs_every_n_steps
         self._rows: list[dict[str, Any]] = []
-        self._columns: list[str] | None = None
-        self._hparams: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def save_dir(self) -> str:
-        return self._save_dir
-
-    @property
-    def version(self) -> int | str:
-        if self._version is None:
-            self._version = next_version(str(Path(self._save_dir) / self._name))
-        return self._version
+        self._columns: list[str] | None = None  # of the file, once it was looked at
+        self._written = 0
+        self._last_row: dict[str, str] = {}
 
     @property
     def metrics_file(self) -> Path:
         """Where the rows are."""
-        return self._directory / "metrics.csv"
+        return Path(self.log_dir) / "metrics.csv"
 
     @property
-    def _directory(self) -> Path:
-        directory = self.log_dir
-        assert directory is not None  # save_dir is never None here
-        return Path(directory)
+    def experiment(self) -> CSVLogger:
+        """The logger itself: there is no client behind it."""
+        return self
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Collect one row; it reaches the disk every `flush_logs_every_n_steps` calls, or with `save`."""
         if _distributed.rank() != 0:
             return
-        self._rows.append({**plain_metrics(metrics, self._prefix), "step": len(self._rows) if step is None else step})
+        row = plain_metrics(metrics, self._prefix)
+        self._rows.append({**row, "step": self._written + len(self._rows) if step is None else step})
         if len(self._rows) >= self._flush_every:
             self.save()
-
-    def log_hyperparams(self, params: Mapping[str, Any] | Any = None, *args: Any, **kwargs: Any) -> None:
-        """Add to the hyperparameters and write them to ``hparams.yaml``."""
-        if _distributed.rank() != 0:
-            return
-        self._hparams.update(plain_params(params))
-        self._directory.mkdir(parents=True, exist_ok=True)
-        # JSON is YAML too, so the file keeps the name that tools look for without a dependency on a YAML package.
-        _replace(self._directory / "hparams.yaml", json.dumps(self._hparams, indent=2, default=repr) + "\n")
 
     def save(self) -> None:
         """Write the collected rows."""
         if not self._rows:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        if self._columns is None:
-            _end_line(self.metrics_file)
-        columns = self._columns if self._columns is not None else _header(self.metrics_file)
-        missing = sorted({key for row in self._rows for key in row} - set(columns))
-        if missing:
-            columns = [*columns, *missing]
-            _widen(self.metrics_file, columns)
+        self._look()
+        assert self._columns is not None
+        if missing := sorted({key for row in self._rows for key in row} - set(self._columns)):
+            self._columns = [*self._columns, *missing]
+            self._rewrite(_read(self.metrics_file))
         with self.metrics_file.open("a", newline="") as file:
-            csv.DictWriter(file, columns).writerows(self._rows)
-        self._columns, self._rows = columns, []
+            csv.DictWriter(file, self._columns).writerows(self._rows)
+        self._written += len(self._rows)
+        self._last_row = {key: str(value) for key, value in self._rows[-1].items()}
+        self._rows = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rows there are, those not written yet too, and the last one."""
+        self._look()
+        last = {key: str(value) for key, value in self._rows[-1].items()} if self._rows else dict(self._last_row)
+        count = self._written + len(self._rows)
+        return {"rows": count, "last": last, "log_dir": str(Path(self.log_dir).resolve())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take out the rows that were written after the checkpoint."""
+        if _distributed.rank() != 0 or not self.metrics_file.exists():
+            return
+        self._look()
+        rows, count = _read(self.metrics_file), state_dict["rows"]
+        if count >= len(rows):
+            return
+        same_place = str(Path(self.log_dir).resolve()) == state_dict["log_dir"]
+        if _filled(rows[count - 1]) == state_dict["last"] if count else same_place:
+            self._rewrite(rows[:count])
+
+    def _look(self) -> None:
+        """Take over a file that is there already; end a last line that a killed process left unfinished."""
+        if self._columns is not None:
+            return
+        path = self.metrics_file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            self._columns = []
+            return
+        if (text := path.read_bytes()) and not text.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\r\n")
+        rows = _read(path)
+        with path.open(newline="") as file:
+            self._columns = next(csv.reader(file), [])
+        self._written, self._last_row = len(rows), _filled(rows[-1]) if rows else {}
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        assert self._columns is not None
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        replace(self.metrics_file, text.getvalue())
+        self._written, self._last_row = len(rows), _filled(rows[-1]) if rows else {}
 
 
-def _end_line(path: Path) -> None:
-    """End a last line that a killed process left unfinished, so that the next row does not run into it."""
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\r\n")
-
-
-def _header(path: Path) -> list[str]:
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return next(csv.reader(file), [])
+        return list(csv.DictReader(file))
 
 
-def _widen(path: Path, columns: list[str]) -> None:
-    """Rewrite `path` with `columns`, every row kept, or begin it."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _filled(row: dict[str, Any]) -> dict[str, str]:
+    """What a row says, whatever columns were added since."""
+    return {key: value for key, value in row.items() if key and value}

@@ -29,6 +29,9 @@ class Logger:
         """Which run of the experiment this is."""
         return None
 
+    group_separator = "/"
+    """Put between the parts of a name, as in ``DeviceStatsMonitor.on_train_start/cpu_percent``."""
+
     @property
     def save_dir(self) -> str | None:
         """Folder under which the logger and the checkpoints of its run are written, or None for a remote logger."""
@@ -62,6 +65,16 @@ class Logger:
     def finalize(self, status: str) -> None:
         """Called when the run ends, with ``"success"`` or ``"failed"``. Write out what is left."""
         self.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the record has come, plain and small. A checkpoint is written after `save`."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A run goes on from a checkpoint: what was recorded after it is going to be recorded once more.
+
+        Called before anything is recorded, with what `state_dict` returned when the checkpoint was written.
+        """
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Called once a checkpoint of `checkpoint_callback` is durable, so that its file may be read or uploaded."""
@@ -111,13 +124,3 @@ def plain_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, flo
     """`metrics` as floats, each name preceded by ``prefix-`` where there is a prefix."""
     lead = f"{prefix}-" if prefix else ""
     return {lead + name: v.item() if isinstance(v, torch.Tensor) else v for name, v in metrics.items()}
-
-
-def next_version(root_dir: str) -> int:
-    """The first integer above every ``version_N`` folder in `root_dir`, as this rank sees it.
-
-    No collective: a logger is written by rank 0 alone, and one that had to meet the other ranks there would wait for
-    them forever. What all ranks must agree on, the Trainer and the checkpoint callbacks take from rank 0.
-    """
-    taken = [int(p.name[8:]) for p in Path(root_dir).glob("version_*") if p.is_dir() and p.name[8:].isdigit()]
-    return max(taken, default=-1) + 1

@@ -31,7 +31,7 @@ class EvaluationLoop:
         self.predictions: list[list[Any]] = []
         self.loading: Loading | None = None
         self.loading_to_repeat: Loading | None = None  # of a checkpoint
-        self._seen_batches: dict[int, int] = {}  # of each loader, over all runs since the loaders were asked for
+        self.seen_batches: dict[int, int] = {}  # of each loader, over all runs since the loaders were asked for
 
     @property
     def num_batches(self) -> list[int | float]:
@@ -65,7 +65,8 @@ class EvaluationLoop:
         self.loading = again or Loading.now(epoch)
         with nullcontext() if again is None else again.repeated(self.trainer):
             self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], limit)
-        self._seen_batches = {}
+        if again is None:  # else the count comes from the checkpoint
+            self.seen_batches = {}
         if again is not None and again.resting is not None and self.stream is not None:
             self.stream.load_resting_state(again.resting)
         check_step_signature(self.trainer.lightning_module, self.stage, len(self.num_batches))
@@ -150,8 +151,8 @@ class EvaluationLoop:
         if stage == "predict":
             self.predictions[dataloader_idx].append(output)
         elif not trainer.sanity_checking:
-            seen = self._seen_batches.get(dataloader_idx, 0)
-            self._seen_batches[dataloader_idx] = seen + 1
+            seen = self.seen_batches.get(dataloader_idx, 0)
+            self.seen_batches[dataloader_idx] = seen + 1
             trainer.reports.send(trainer.metrics.step_values(), step=seen, with_epoch=False)
 
     def _publish(self, per_loader: list[dict[str, Any]]) -> list[dict[str, float]]:

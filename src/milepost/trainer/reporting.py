@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from milepost.data.rng import isolated_rng
+from milepost.errors import MisconfigurationException
+
 if TYPE_CHECKING:
     from milepost.trainer.module import Module
     from milepost.trainer.trainer import Trainer
@@ -51,9 +54,19 @@ class Reports:
         merged: dict[str, Any] = {}
         for owner in (trainer.datamodule, model):
             if owner is not None and owner._log_hyperparams:
+                shared = merged.keys() & owner.hparams.keys()
+                if clash := sorted(name for name in shared if repr(merged[name]) != repr(owner.hparams[name])):
+                    raise MisconfigurationException(
+                        f"The module and the data module have saved other values of the hyper-parameter {clash[0]!r}:"
+                        " rename it in one of them, or call save_hyperparameters(logger=False) there."
+                    )
                 merged.update(owner.hparams)
         for logger in trainer.loggers:
-            logger.log_hyperparams(merged)
+            if merged:
+                logger.log_hyperparams(merged)
+            if hasattr(logger, "log_graph"):
+                with isolated_rng():  # drawing runs the module
+                    logger.log_graph(model)
             logger.save()
 
 

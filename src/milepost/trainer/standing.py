@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.data.rng import RngState
+from milepost.loggers.logger import Logger
 from milepost.trainer.metric_state import metric_states
 from milepost.trainer.optimization import Reached
 from milepost.trainer.progress import Phase
@@ -52,6 +53,8 @@ class Standing:
             "data_seed": trainer.data_seed,
             "rng": RngState.capture().state_dict(),
             "metrics": trainer.metrics.state_dict(trainer.lightning_module),
+            "loggers": logger_states(trainer),
+            "validated_batches": dict(validation.seen_batches),
             "metric_objects": metric_states(trainer.lightning_module, skip=trainer.metrics.evaluated_objects()),
             "loaders": {
                 name: {**part.loading.state_dict(), "resting": part.stream.resting_state()}
@@ -92,7 +95,9 @@ class BeforeBatch:
     @classmethod
     def now(cls, trainer: Trainer, stream: BatchStream, everything: bool) -> BeforeBatch:
         position = stream.state_dict()
-        return cls(position, RngState.capture(), trainer.metrics.mark()) if everything else cls(position)
+        if not everything:
+            return cls(position)
+        return cls(position, RngState.capture(), trainer.metrics.mark())
 
     def standing(self, trainer: Trainer) -> Standing:
         """The point before the batch, as far as it is known."""
@@ -151,3 +156,15 @@ def callback_keys(trainer: Trainer) -> list[tuple[str, Any]]:
 def callback_states(trainer: Trainer) -> dict[str, Any]:
     """States of the callbacks that have any, by key."""
     return {key: state for key, callback in callback_keys(trainer) if (state := callback.state_dict())}
+
+
+def logger_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """How far each logger has come; empty for those written for Lightning, which do not say."""
+    return [logger.state_dict() if isinstance(logger, Logger) else {} for logger in trainer.loggers]
+
+
+def restore_loggers(trainer: Trainer, states: list[dict[str, Any]]) -> None:
+    """Before anything is recorded: what lies after the checkpoint is going to be recorded once more."""
+    for logger, state in zip(trainer.loggers, states, strict=False):
+        if state and isinstance(logger, Logger):
+            logger.load_state_dict(state)

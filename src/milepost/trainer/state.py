@@ -20,7 +20,7 @@ from milepost.trainer.loading import Loading
 from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
-from milepost.trainer.standing import Standing, callback_keys
+from milepost.trainer.standing import Standing, callback_keys, restore_loggers
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
@@ -47,6 +47,8 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     """Build the checkpoint of `trainer`'s present state. Consumes no random numbers."""
     module, loop = trainer.lightning_module, trainer.fit_loop
     standing = loop.standing()
+    for logger in trainer.loggers:
+        logger.save()  # what the checkpoint says was recorded must not be lost
     checkpoint: dict[str, Any] = {
         "epoch": standing.epoch,
         "global_step": trainer.global_step,
@@ -121,6 +123,7 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             datamodule.load_state_dict(state)
     if trainer.state.fn != "fit":
         return
+    restore_loggers(trainer, checkpoint.get("milepost", {}).get("loggers", []))
     for callback in trainer.callbacks:
         with trainer.profile("on_load_checkpoint", callback):
             callback.on_load_checkpoint(trainer, module, checkpoint)
@@ -172,6 +175,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop, module, exact = trainer.fit_loop, trainer.lightning_module, checkpoint["milepost"]
     trainer.data_seed = exact["data_seed"]
+    trainer.evaluation_loops["validation"].seen_batches.update(exact.get("validated_batches", {}))
     trainer.metrics.load_state_dict(exact["metrics"], module)
     restore_metric_states(module, exact.get("metric_objects", {}))
     restore_buffers(module, exact.get("buffers", {}))
