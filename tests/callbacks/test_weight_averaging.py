@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, callback: WeightAveraging, checkpoint: dict[str, Any] | None = None) -> None:
         self.callback, self.model = callback, Model()
-        self.trainer: Any = SimpleNamespace(global_step=0, current_epoch=0)
+        self.trainer: Any = SimpleNamespace(global_step=0, current_epoch=0, state=SimpleNamespace(fn="fit"))
         callback.setup(self.trainer, self.model, "fit")
         if checkpoint is not None:
             self.trainer.global_step = checkpoint["global_step"]
@@ -114,6 +114,16 @@ def test_the_finished_model_is_the_average_and_can_still_be_resumed() -> None:
     run.callback.on_validation_epoch_end(run.trainer, run.model)
     assert run.weight == 2.5
     assert Run(WeightAveraging(), run.save()).steps(1).weight == 5.0
+
+
+def test_an_evaluation_looks_at_the_average() -> None:
+    checkpoint = Run(WeightAveraging()).steps(3).save()
+    run = Run(WeightAveraging())
+    run.trainer.state.fn = "validate"
+    run.model.load_state_dict(checkpoint["state_dict"])
+    run.callback.on_load_checkpoint(run.trainer, run.model, checkpoint)
+    assert all(torch.equal(run.model.state_dict()[key], value) for key, value in checkpoint["state_dict"].items())
+    assert not torch.equal(checkpoint["state_dict"]["0.weight"], checkpoint["current_model_state"]["0.weight"])
 
 
 def test_a_checkpoint_without_an_average_begins_one() -> None:

@@ -130,6 +130,8 @@ class WeightAveraging(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Called on a resume, after ``checkpoint["state_dict"]`` was loaded into the module."""
+        if trainer.state.fn != "fit":
+            return  # validate, test and predict look at the averaged weights, which are in the module by now
         if "current_model_state" not in checkpoint:
             return  # the average begins with the weights that the module has when fit starts
         self._average = self._copy(pl_module)

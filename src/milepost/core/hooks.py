@@ -135,6 +135,9 @@ class ModelHooks:
         """Free gradients before validation, at an accumulation boundary."""
         self.zero_grad()  # type: ignore[attr-defined]
 
+    def configure_sharded_model(self) -> None:
+        """The older name of `configure_model`, called before it. Override one of the two."""
+
     def configure_model(self) -> None:
         """Build the large parts of the module here. Called at every run: build once."""
 

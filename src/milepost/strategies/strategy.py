@@ -13,6 +13,7 @@ from milepost.plugins.io.torch_io import TorchCheckpointIO
 
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
+    from milepost.trainer.trainer import Trainer
 
 
 class Strategy:
@@ -73,7 +74,7 @@ class Strategy:
         """Called by the Trainer at the start of every run."""
         self._lightning_module = module
 
-    def setup(self) -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Called after the checkpoint's weights are in place: move the module to its device."""
         self._lightning_module.to(self.root_device)
 
@@ -92,6 +93,9 @@ class Strategy:
 
     def barrier(self, name: str | None = None) -> None:
         _distributed.barrier()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called when a run is interrupted by `exception`, after the callbacks and before `teardown`."""
 
     def teardown(self) -> None:
         """Called at the end of every run, after an error too: waits for what the plugin still has under way."""

@@ -25,6 +25,9 @@ class DataModule(DataHooks, CheckpointHooks, Hyperparameters):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Called when the run is interrupted by `exception`, after the callbacks. `teardown` is not called then."""
+
     @classmethod
     def load_from_checkpoint(
         cls,

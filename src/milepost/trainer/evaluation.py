@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,8 +76,20 @@ class EvaluationLoop:
         if self.stream is not None:
             self.stream.close()
 
+    def without_gradients(self) -> AbstractContextManager[Any]:
+        """The mode of an evaluation, its data and hooks included.
+
+        Not inference mode inside fit: what a hook makes there and keeps could not be trained with afterwards.
+        """
+        trainer = self.trainer
+        return torch.inference_mode() if trainer.inference_mode and trainer.state.fn != "fit" else torch.no_grad()
+
     def run(self, max_batches: int | None = None) -> list[dict[str, float]]:
         """One pass over the loaders. Returns one dict of metrics per loader."""
+        with self.without_gradients():
+            return self._run(max_batches)
+
+    def _run(self, max_batches: int | None) -> list[dict[str, float]]:
         trainer, stage = self.trainer, self.stage
         self.load_data()
         stream = self.stream
@@ -89,15 +101,14 @@ class EvaluationLoop:
         getattr(module, f"on_{stage}_model_eval")()
         self.predictions = [[] for _ in self.num_batches]
         try:
-            with torch.inference_mode() if trainer.inference_mode else torch.no_grad():
-                trainer.call(f"on_{stage}_start")
-                trainer.call(f"on_{stage}_epoch_start")
-                per_loader = self._run_batches(stream, max_batches)
-                trainer.call(f"on_{stage}_epoch_end")
-                results = self._publish(per_loader)
-                if trainer.validating and trainer.state.fn == "fit":
-                    trainer.fit_loop.validated()
-                trainer.call(f"on_{stage}_end")
+            trainer.call(f"on_{stage}_start")
+            trainer.call(f"on_{stage}_epoch_start")
+            per_loader = self._run_batches(stream, max_batches)
+            trainer.call(f"on_{stage}_epoch_end")
+            results = self._publish(per_loader)
+            if trainer.validating and trainer.state.fn == "fit":
+                trainer.fit_loop.validated()
+            trainer.call(f"on_{stage}_end")
         finally:  # a signal may cut it short; what is saved then is the state of training
             trainer.metrics.end_evaluation(interrupted)
             self._restore_modes(module, modes)
@@ -175,8 +186,7 @@ class EvaluationLoop:
     def sanity_check(self, batches: int) -> None:
         """Run a few validation batches before training: mistakes show at once. Random state is put back."""
         trainer = self.trainer
-        self.load_data()
-        if self.stream is None or not self.enabled or batches == 0:
+        if not self.enabled or batches == 0:
             return
         with isolated_rng():
             trainer.call("on_sanity_check_start")

@@ -57,13 +57,15 @@ class FitLoop:
         self.load_data(rebuild=True)
         if self.stream is None or self.stream.num_batches == 0 or (self._done() and resumed is not Phase.EPOCH_END):
             return
+        if trainer.enable_validation:  # also where its first epoch is far: checkpointers ask whether there is any
+            trainer.state.stage = "validate"
+            trainer.evaluation_loops["validation"].load_data()
+            trainer.state.stage = "train"
         torch.set_grad_enabled(True)
         if resumed is None:
             trainer.metrics.begin_training_epoch()
         self._undoes = saves_on_exception(trainer)
         self._last_validation_time = time.monotonic()
-        if trainer.enable_validation:  # also where its first epoch is far: checkpointers ask whether there will be any
-            trainer.evaluation_loops["validation"].load_data()
         trainer.call("on_train_start")
         check_checkpoint(trainer)
         while not self._done() or resumed is Phase.EPOCH_END:
@@ -172,8 +174,6 @@ class FitLoop:
             progress.batch.add("completed")  # resumed from inside on_train_batch_end
             trainer.reports.step(self.accumulating)
         if self._validation_due():
-            if not self.accumulating:
-                trainer.lightning_module.on_validation_model_zero_grad()
             self._validate()
         self._step_plateaus()
 
@@ -197,7 +197,7 @@ class FitLoop:
     def _validate(self) -> None:
         self.kept = Standing.now(self.trainer, Phase.BATCH_END)  # what is saved in there begins the validation again
         try:
-            self.trainer.run_validation()
+            self.trainer.run_validation(zero_grad=not self.accumulating)
         except SIGTERMException:  # cut short between two of its batches
             self._stop_for_signal()
         self._last_validation_time = time.monotonic()

@@ -34,7 +34,10 @@ class Reports:
         metrics.end_training_epoch()
 
     def send(self, values: dict[str, Any], step: int, *, with_epoch: bool = True) -> None:
-        """Hand scalar `values` to the loggers, with the epoch; a value logged as ``step`` takes the place of `step`."""
+        """Hand scalar `values` to the loggers, with the epoch; a value logged as ``step`` takes the place of `step`.
+
+        The loggers are told to write them out: the run may be killed.
+        """
         loggers = self._trainer.loggers
         if not values or not loggers:
             return
@@ -45,6 +48,7 @@ class Reports:
             numbers.setdefault("epoch", self._trainer.current_epoch)
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
+            logger.save()
 
     def hyperparams(self, model: Module) -> None:
         """Before the first batch: the hyper-parameters of the data module and of `model`."""

@@ -60,10 +60,14 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
     try:
         for callback in trainer.callbacks:
             callback.on_exception(trainer, trainer.lightning_module, error)
+        if trainer.datamodule is not None:
+            trainer.datamodule.on_exception(error)
+        trainer.strategy.on_exception(error)
         end_profile(trainer)
     except Exception as second:
         error.add_note(
-            f"While callbacks were told of this error, another one occurred: {type(second).__name__}: {second}"
+            "While the callbacks and the data module were told of this error, another one occurred: "
+            f"{type(second).__name__}: {second}"
         )
     finally:
         for logger in trainer.loggers:
@@ -82,12 +86,13 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         model.prepare_data()
     _call_setup(trainer, fn)
     with trainer.precision_plugin.init_context():
+        trainer.call("configure_sharded_model")
         trainer.call("configure_model")
     trainer.precision_plugin.convert_module(model)
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
         restore_model(trainer, checkpoint)
-    trainer.strategy.setup()
+    trainer.strategy.setup(trainer)
     if fn == "fit":
         _configure_optimizers(trainer, model)
         trainer.call("on_fit_start")
@@ -105,13 +110,13 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
             _fit(trainer)
         else:
             results = _evaluate(trainer, fn)
-    for logger in trainer.loggers:
-        logger.finalize("success")
     if fn == "fit":
         trainer.call("on_fit_end")
     _call_teardown(trainer, fn)
-    trainer.strategy.teardown()
+    trainer.strategy.teardown()  # after the hooks, which may save; a save that fails here is no success to the loggers
     end_profile(trainer)
+    for logger in trainer.loggers:
+        logger.finalize("success")
     return results
 
 
@@ -161,7 +166,7 @@ def _fit(trainer: Trainer) -> None:
 def _evaluate(trainer: Trainer, fn: str) -> Any:
     loop = trainer.evaluation_loops["validation" if fn == "validate" else fn]
     fitted_seed = trainer.data_seed
-    with isolated_rng():
+    with isolated_rng(), loop.without_gradients():
         trainer.data_seed = run_seed()
         loop.load_data()
         if loop.stream is None:

@@ -121,12 +121,12 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         datamodule.on_load_checkpoint(checkpoint)
         if state := checkpoint.get(type(datamodule).__qualname__):
             datamodule.load_state_dict(state)
-    if trainer.state.fn != "fit":
-        return
-    restore_loggers(trainer, checkpoint.get("milepost", {}).get("loggers", []))
     for callback in trainer.callbacks:
         with trainer.profile("on_load_checkpoint", callback):
             callback.on_load_checkpoint(trainer, module, checkpoint)
+    if trainer.state.fn != "fit":
+        return  # looking at an old checkpoint must not roll back what the callbacks know of the run
+    restore_loggers(trainer, checkpoint.get("milepost", {}).get("loggers", []))
     states = checkpoint.get("callbacks", {})
     for key, callback in callback_keys(trainer):
         if key in states:

@@ -248,10 +248,12 @@ class Trainer(TrainerSurface):
     def enable_validation(self) -> bool:
         return self.evaluation_loops["validation"].enabled and has_loaders(self, "val")
 
-    def run_validation(self) -> None:
-        """Called by the fit loop when validation is due."""
+    def run_validation(self, *, zero_grad: bool) -> None:
+        """Called by the fit loop when validation is due; with `zero_grad`, gradients are freed before."""
         self.state.stage = "validate"
         try:
+            if zero_grad:
+                self.lightning_module.on_validation_model_zero_grad()
             self.evaluation_loops["validation"].run()
         finally:
             self.state.stage = "train"
