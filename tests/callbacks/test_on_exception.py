@@ -55,8 +55,7 @@ def test_a_later_fit_that_saved_nothing_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ckpt_path", ["last", "auto"])
 def test_what_an_exception_left_is_what_last_and_auto_go_on_from(tmp_path: Path, ckpt_path: str) -> None:
     callback = _crash(tmp_path)
-    with pytest.warns(UserWarning, match="an error had interrupted a batch"):
-        trainer = fit_line(tmp_path, callback, ckpt_path=ckpt_path, max_steps=3)
+    trainer = fit_line(tmp_path, callback, ckpt_path=ckpt_path, max_steps=3)
     assert trainer.ckpt_path == callback.ckpt_path and trainer.global_step == 3
 
 
