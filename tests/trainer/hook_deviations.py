@@ -105,6 +105,16 @@ def _saves(event: Event, name: str) -> bool:
     return (event.owner, event.hook) == ("strategy", "save_checkpoint") and name in event.given
 
 
+def loggers_not_before_states(level: list[Events]) -> list[Events]:
+    """No `logger.save` right before states are asked for."""
+    after = [*level[1:], None]
+    return [
+        block
+        for block, following in zip(level, after, strict=True)
+        if not (is_call(block, "logger", "save") and following is not None and following[0].hook == "state_dict")
+    ]
+
+
 def without_rehearsal(level: list[Events]) -> list[Events]:
     """No `storage.check`, nor what was asked for the checkpoint that it checks."""
     left: list[Events] = []
@@ -203,6 +213,7 @@ DEVIATIONS = [
     Deviation("The key milepost", ours=without_key),
     Deviation("The data module edits checkpoints", ours=without("data", "on_save_checkpoint", "on_load_checkpoint")),
     Deviation("Storage options where given", theirs=without_options),
+    Deviation("Loggers write before a save", ours=lambda events: nested(events, loggers_not_before_states)),
     Deviation("A rehearsal before the first step", ours=lambda events: nested(events, without_rehearsal)),
     Deviation("A resumed run goes on as the unbroken one", theirs=unbroken),
     Deviation("Callbacks keep their state in an evaluation", theirs=callbacks_loading),
