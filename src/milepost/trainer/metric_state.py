@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 _COMPILED = "_orig_mod."
 # what wrappers keep beside the states that they declare
@@ -28,6 +29,8 @@ def metrics_by_path(module: nn.Module) -> dict[str, Metric]:
 def metric_states(module: nn.Module, skip: Collection[int] = ()) -> dict[str, Any]:
     """States of all metric objects in `module` that have been updated, by path; plain values and tensors.
 
+    Wrappers do not count updates, so theirs are always among them.
+
     Args:
         skip: ids of those that are about to be reset.
     """
@@ -35,7 +38,9 @@ def metric_states(module: nn.Module, skip: Collection[int] = ()) -> dict[str, An
         if isinstance(part, MetricCollection):
             part.values(copy_state=False)  # members of a compute group are brought up to date only when asked for
     states: dict[str, Any] = {
-        path: _state(metric) for path, metric in _metrics(module) if id(metric) not in skip and metric._update_count
+        path: _state(metric)
+        for path, metric in _metrics(module)
+        if id(metric) not in skip and (metric._update_count or isinstance(metric, WrapperMetric))
     }
     for path, tracker in _trackers(module):
         if len(tracker):
@@ -49,7 +54,7 @@ def restore_metric_states(module: nn.Module, states: dict[str, Any]) -> None:
         while len(tracker) < states.get(path, {}).get("steps", 0):
             tracker.increment()
     for path, metric in _metrics(module):
-        if metric._update_count:
+        if metric._update_count:  # updated since the module was made: by the hooks that came first
             metric.reset()
         if path in states and "updates" in states[path]:
             _restore(metric, states[path])

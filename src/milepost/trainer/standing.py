@@ -125,7 +125,7 @@ class BeforeBatch:
             found.append("whatever its training_step optimizes by hand")
         if any(True for _ in module.buffers()):
             found.append("buffers of the model (BatchNorm's statistics are such)")
-        if metric_states(module):
+        if any(state.get("updates") for state in metric_states(module).values()):
             found.append("what metric objects have accumulated")
         if reached is not Reached.FORWARD and loop.gradients_pending:
             found.append("the gradients accumulated so far")
