@@ -1,4 +1,4 @@
-"""Each kind of state that a run keeps beside its weights: killed inside an epoch and resumed, it equals the unbroken run."""
+"""Each kind of state that a run keeps beside its weights, after a kill inside an epoch and a resume."""
 
 from __future__ import annotations
 
@@ -130,7 +130,11 @@ def averaging(folder: Path) -> list[Any]:
 
 def watching(folder: Path) -> list[Any]:
     keep = ModelCheckpoint(folder / "kept", monitor="val", save_top_k=2, every_n_train_steps=2, save_last=True)
-    return [EarlyStopping("val", patience=3), EarlyStopping("loss_epoch", patience=50, check_on_train_epoch_end=True), keep]
+    return [
+        EarlyStopping("val", patience=3),
+        EarlyStopping("loss_epoch", patience=50, check_on_train_epoch_end=True),
+        keep,
+    ]
 
 
 def none(folder: Path) -> list[Any]:

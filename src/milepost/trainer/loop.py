@@ -95,7 +95,8 @@ class FitLoop:
 
     def _begin_epoch(self, midway: bool, resumed: Phase | None) -> None:
         trainer, progress = self.trainer, self.progress
-        self.load_data()
+        if not midway:
+            self.load_data()
         assert self.stream is not None
         if not midway:
             progress.batch.reset_current()
