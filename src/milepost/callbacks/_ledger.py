@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.callbacks._naming import relative
-from milepost.engine.retention import Catalog, Change, Retention, obsolete
+from milepost.engine.retention import Catalog, Change, Entry, Retention, obsolete
 from milepost.errors import CheckpointSaveError
 from milepost.plugins.io import checkpoint_io as capabilities
 
@@ -57,6 +57,10 @@ class Ledger:
         for save in self._in_flight:
             catalog = catalog.after(save.change, self.policy)
         return catalog
+
+    def admits(self, candidate: Entry, policy: Retention) -> bool:
+        """Whether `policy` would keep `candidate`, the newest, beside all that is there or on its way."""
+        return policy.admits(self.projected.entries, candidate)
 
     def claims(self, path: str) -> bool:
         """Whether a save on its way writes to `path`."""

@@ -6,9 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,8 +19,7 @@ from milepost.engine.retention import Catalog, Entry, Retention
 Exists = Callable[[str], bool | None]
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(TypedDict):
     """The catalog under the names that Lightning users read."""
 
     best_model_path: str

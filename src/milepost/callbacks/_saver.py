@@ -6,15 +6,17 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from milepost.callbacks._ledger import Ledger, Save
 from milepost.callbacks._naming import relative
-from milepost.engine.retention import Retention
+from milepost.engine.retention import Change, Retention
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io.index import Record, update_index
 
 OnSaveError = Literal["raise", "continue"]
+Link = Literal["none", "hard", "symbolic"]
 
 
 class Saver:
@@ -46,12 +48,27 @@ class Saver:
         self.failed_saves = 0
         self._committed = committed
 
-    def save(self, trainer: Any, saves: Sequence[Save]) -> bool:
-        """Hand `saves` over. Returns whether that went well.
+    def save(self, trainer: Any, path: str, change: Change, record: Record, *, last: str, link: Link) -> bool:
+        """Save to `path` and to `last` ("" for neither), with one write if it can be.
+
+        Args:
+            change: what the commit means, the last apart.
+            record: what the index is told.
+            link: how the last becomes a second name of the file at `path`.
+
+        Returns:
+            Whether the saves were handed over.
 
         Raises:
-            OSError: it did not, and a failure ends the run.
+            OSError: they were not, and a failure ends the run.
         """
+        joint = bool(path and last) and link != "none"
+        saves = []
+        if path:
+            second = last if joint else ""
+            saves.append(Save(path, replace(change, last=second), second, link == "symbolic", record))
+        if last and not joint:
+            saves.append(Save(last, Change(last=last, crash=change.crash), record=record))
         error = self._submit(trainer, saves)
         if error is not None and getattr(error, "path", None) not in (None, *(save.path for save in saves)):
             # A plugin that writes in the background told of an earlier save that failed, and did not begin this one.

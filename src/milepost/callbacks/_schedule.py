@@ -60,6 +60,37 @@ class Trigger:
         return self.interval is not None and seconds >= self.interval.total_seconds()
 
 
+@dataclass(slots=True)
+class Done:
+    """Up to which ``global_step`` a checkpointer has done what; 0 where it is to be done at the next occasion.
+
+    Attributes:
+        fired: the step or time trigger has fired.
+        ranked: whether the state is among the best has been decided.
+        last: the last holds it.
+        saved: a file holds it.
+    """
+
+    fired: int = 0
+    ranked: int = 0
+    last: int = 0
+    saved: int = 0
+
+    @classmethod
+    def resumed(cls, step: int, *, has_last: bool) -> Done:
+        """At the start of a run: what was resumed from is saved, and its trigger has fired."""
+        return cls(fired=step, last=step if has_last else 0, saved=step)
+
+    def forget_saves(self) -> None:
+        """A save has failed: the next occasion is to be taken."""
+        self.last = self.saved = 0
+
+
+def idle(trainer: Any) -> bool:
+    """Whether this is no time to save: a trial, an evaluation, the sanity check."""
+    return bool(trainer.fast_dev_run) or trainer.state.fn != "fit" or trainer.sanity_checking
+
+
 def saves_at_train_epoch_end(trainer: Any, chosen: bool | None) -> bool:
     """Whether the epoch trigger acts at the end of the training epoch rather than at the end of validation."""
     if chosen is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from milepost.callbacks._saver import Saver
 from milepost.errors import CheckpointSaveError
 from milepost.plugins.io import checkpoint_io as capabilities
 
@@ -21,18 +22,17 @@ class Estimate:
     expected: int
 
 
-def preflight(trainer: Any, dirpath: str, *, places: int, weights_only: bool, strict: bool) -> None:
-    """Test that the plugin can write to `dirpath` and compare the free space with what will be kept there.
+def preflight(trainer: Any, saver: Saver, *, with_last: bool) -> None:
+    """Test that the plugin can write where `saver` saves, and compare the free space with what will be kept there.
 
     Plugins that do not offer ``probe`` are not asked. Nothing is left behind.
 
-    Args:
-        places: how many files will be kept at once, one that is being written included.
-        strict: whether a checkpoint that cannot be written is an error; else a warning, as training can go on.
-
     Raises:
-        CheckpointSaveError: with `strict`, where no checkpoint can be written or not one has room.
+        CheckpointSaveError: no checkpoint can be written, or not one has room; a warning where a failed save is one.
     """
+    ledger, strict = saver.ledger, saver.on_error == "raise"
+    dirpath, weights_only = ledger.dirpath, ledger.weights_only
+    places = 1 + max(0, max(ledger.policy.k, 0) + with_last - len(ledger.committed.paths()))  # 1: the one under way
     try:
         free = capabilities.probe(trainer.strategy.checkpoint_io, dirpath)
     except OSError as error:
