@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from milepost import Checkpointer
+from milepost.engine.retention import KeepBest, KeepEvery, KeepNewest
 from milepost.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
@@ -186,3 +187,41 @@ def test_arguments_that_cannot_work(tmp_path: Path) -> None:
         Checkpointer(tmp_path, threads=0)
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(MisconfigurationException, match="step=-1"):
         checkpointer.save(-1, {})
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_rules_compose_and_what_was_restored_stays(tmp_path: Path, background: bool) -> None:
+    rules = KeepNewest(2) | KeepBest(1) | KeepEvery(4)
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0, 6: float("nan"), 7: 4.5}
+    with Checkpointer(tmp_path, keep=rules, monitor="loss", background=background) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, {"w": torch.full((10,), step)}, {"loss": loss})
+        checkpointer.wait()
+        assert checkpointer.steps() == [2, 4, 6, 7]
+    with Checkpointer(tmp_path, keep=KeepNewest(1), background=background) as later:
+        later.restore({"w": torch.zeros(10, dtype=torch.int64)}, step=4)
+        later.save(8, {"w": torch.ones(10)})
+        later.wait()
+        assert later.steps() == [4, 8]
+
+
+def test_retention_reads_a_damaged_head_as_one_without_a_score(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=KeepNewest(5) | KeepBest(1), monitor="loss") as checkpointer:
+        for step in range(3):
+            checkpointer.save(step, {"n": step}, {"loss": 1.0}, wait=True)
+    head = tmp_path / "step-00000000" / "manifest.json"
+    head.chmod(0o644)
+    head.write_text("{}")
+    with Checkpointer(tmp_path, keep=KeepNewest(1) | KeepBest(1), monitor="loss") as checkpointer:
+        checkpointer.save(3, {"n": 3}, {"loss": 2.0}, wait=True)
+        assert checkpointer.steps() == [1, 3]
+
+
+def test_ranking_needs_a_metric(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="monitor="):
+        Checkpointer(tmp_path, keep=KeepNewest(1) | KeepBest(1))
+    with pytest.raises(MisconfigurationException, match="mode='largest'"):
+        Checkpointer(tmp_path, mode="largest")  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from milepost import LightningModule, Trainer
-from milepost.callbacks import ModelCheckpoint
+from milepost import Checkpointer, LightningModule, Trainer
+from milepost.callbacks import KeepBest, KeepNewest, ModelCheckpoint
 from milepost.plugins import CheckpointIO
 
 PAGE = Path(__file__).parents[2] / "docs/checkpointing.md"
@@ -76,3 +76,24 @@ def test_own_entry_comes_back_whatever_writes_the_file(gzipped: bool, tmp_path: 
 def test_plugin_removes_what_is_no_longer_kept(tmp_path: Path) -> None:
     fit(tmp_path, 3, [example("how")["GzipCheckpointIO"]()])
     assert len(list(tmp_path.glob("epoch=*.ckpt"))) == 1
+
+
+def test_the_plain_loop_keeps_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def train(step: int) -> float:
+        loss = model(torch.ones(2)).square().sum()
+        loss.backward()
+        optimizer.step()
+        return 1.0 / step if step != 50 else 0.0
+
+    found = re.search(r"```python loop\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert found is not None
+    names = {
+        "Checkpointer": Checkpointer, "KeepNewest": KeepNewest, "KeepBest": KeepBest, "model": model,
+        "optimizer": optimizer, "train": train,
+    }  # fmt: skip
+    exec(found.group(1), names)
+    assert Checkpointer("runs/1").steps() == [50, 80, 90, 100]

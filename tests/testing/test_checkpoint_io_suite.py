@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from milepost.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
 from milepost.testing import CheckpointIOTests
 
 
@@ -23,6 +23,16 @@ class TestTorch(CheckpointIOTests):
 class TestAsync(CheckpointIOTests):
     def make_io(self) -> Any:
         return AsyncCheckpointIO()
+
+
+class TestSnapshot(CheckpointIOTests):
+    def make_io(self) -> Any:
+        return SnapshotCheckpointIO()
+
+
+class TestSnapshotAtOnce(CheckpointIOTests):
+    def make_io(self) -> Any:
+        return SnapshotCheckpointIO(background=False)
 
 
 class InMemory:

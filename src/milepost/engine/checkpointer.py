@@ -10,16 +10,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from milepost.engine.commit import REPLACED, sweep
+from milepost.engine.commit import REPLACED, remove_checkpoint, sweep
 from milepost.engine.directory import DirectoryEngine, DirectorySave
+from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
+from milepost.engine.retention import Entry, KeepBest, Mode, Retention, Rule
+from milepost.engine.save import Committed
 from milepost.errors import (
     CheckpointCorruptError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     MisconfigurationException,
 )
-from milepost.format.manifest import HEAD_NAME
+from milepost.format.manifest import HEAD_NAME, metrics_as_numbers
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -45,6 +48,10 @@ class Checkpointer:
             The copy takes as much memory as the state.
         on_busy: what `save` does while the one before is still being written: ``"wait"`` for it, or ``"skip"``: return
             that one's handle and save nothing.
+        keep: which checkpoints stay when a new one is committed; all, where it is None. Rules compose:
+            ``KeepNewest(3) | KeepBest(2) | KeepEvery(1000)``. The one that was restored is not removed.
+        monitor: the metric by which `KeepBest` ranks.
+        mode: whether its smallest or its largest value is the best.
         threads: that copy, digest and write.
 
     Raises:
@@ -57,13 +64,24 @@ class Checkpointer:
         *,
         background: bool = True,
         on_busy: Literal["wait", "skip"] = "wait",
+        keep: Rule | None = None,
+        monitor: str | None = None,
+        mode: Mode = "min",
         threads: int = 2,
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
         if threads < 1:
             raise MisconfigurationException(f"threads={threads!r}: give at least 1.")
+        if mode not in ("min", "max"):
+            raise MisconfigurationException(f"mode={mode!r}: use 'min' or 'max'.")
+        if monitor is None and keep is not None and any(isinstance(rule, KeepBest) for rule in keep.parts()):
+            raise MisconfigurationException("KeepBest ranks by a metric: name it with monitor=... .")
         self.directory = Path(directory)
+        self._retention = None if keep is None else Retention(keep, mode)
+        self._monitor = monitor
+        self._restored: int | None = None
+        self._known: dict[int, tuple[int, Entry]] = {}  # by step: inode of the directory, and what its head says
         self._background = background
         self._on_busy = on_busy
         self._engine = DirectoryEngine(threads=threads)
@@ -95,7 +113,12 @@ class Checkpointer:
         if self._on_busy == "skip" and self._newest is not None and not self._newest.done():
             return self._newest
         saved = self._engine.save(
-            self.path(step), collect(state), step=step, metrics=metrics, background=self._background
+            self.path(step),
+            collect(state),
+            step=step,
+            metrics=metrics,
+            background=self._background,
+            then=None if self._retention is None else self._retain,
         )
         self._newest = saved
         if wait:
@@ -131,6 +154,31 @@ class Checkpointer:
                 raise
             error.add_note(f"While the checkpointer was closed, a save failed: {second}")
 
+    def _retain(self, committed: Committed) -> None:
+        """Called in order, after each commit: remove what the rules do not keep."""
+        assert self._retention is not None
+        entries = sorted((self._entry(step) for step in self._present()), key=lambda entry: entry.step)
+        kept = {entry.step for entry in self._retention.retain(entries)} | {committed.head.step, self._restored}
+        for entry in entries:
+            if entry.step not in kept:
+                remove_checkpoint(self._engine.files, entry.path)
+                self._known.pop(entry.step, None)
+
+    def _entry(self, step: int) -> Entry:
+        """What retention needs to know, out of the head. A damaged one has no score, and is not read again."""
+        path = self.path(step)
+        inode = path.stat().st_ino
+        if self._known.get(step, (0,))[0] != inode:
+            score, time = None, path.stat().st_mtime
+            try:
+                with StoredCheckpoint(path.absolute()) as stored:
+                    time = stored.head.time
+                    score = metrics_as_numbers(stored.head.metrics).get(self._monitor or "")
+            except (CheckpointCorruptError, CheckpointFormatError):
+                pass
+            self._known[step] = (inode, Entry(str(path.absolute()), score, step, time))
+        return self._known[step][1]
+
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def path(self, step: int) -> Path:
@@ -140,6 +188,9 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps of all committed checkpoints, in order. One that is being written is not among them."""
         sweep(self._engine.files, str(self.directory))
+        return self._present()
+
+    def _present(self) -> list[int]:
         found = []
         if self.directory.is_dir():
             for entry in self.directory.iterdir():
@@ -208,6 +259,7 @@ class Checkpointer:
         with self._engine.open(self.path(step)) as stored:
             restore(self._engine, stored, state)
         self._engine.adopt(self.path(step))
+        self._restored = step
 
     def _check_there(self, step: int) -> None:
         if not self.path(step).is_dir():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from milepost.engine.commit import remove_checkpoint, sweep
+from milepost.engine.commit import PendingDirectory, remove_checkpoint, sweep
 from milepost.engine.planner import Earlier, plan_groups
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Destination, Image
@@ -82,6 +82,7 @@ class DirectoryEngine:
         step: int = 0,
         metrics: Mapping[str, float] | None = None,
         background: bool = True,
+        pickled: Callable[[str, Any], None] | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> DirectorySave:
         """Save `state` at `path`, replacing what is there in one step.
@@ -91,6 +92,7 @@ class DirectoryEngine:
         takes no memory but a buffer for each thread.
 
         Args:
+            pickled: as for `Flattened`.
             then: called after the commit, before the next save is begun, such as for retention. What it raises counts
                 as an error of this save.
 
@@ -100,7 +102,7 @@ class DirectoryEngine:
         """
         self.raise_failed()
         target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
-        flattened = Flattened(state)
+        flattened = Flattened(state, pickled)
         plans = plan_groups(flattened.leaves)
         save = DirectorySave(target, step)
         if not background:
@@ -193,15 +195,18 @@ class DirectoryEngine:
                 save._future.exception()
         return StoredCheckpoint(target)
 
-    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+    def load(self, path: str | os.PathLike[str], *, unpickle: bool = False) -> dict[str, Any]:
         """Read a whole checkpoint, every byte of it verified.
 
+        Args:
+            unpickle: whether to load pickled values, which runs code of the file.
+
         Raises:
-            CheckpointError: nothing is there, or it is damaged.
+            CheckpointError: nothing is there, it is damaged, or it holds a pickled value and `unpickle` is False.
         """
         with self.open(path) as stored:
             tensors = self.read_tensors(stored, references(stored.tree))
-            state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__)
+            state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__, unpickle)
             return state
 
     def read_tensors(
@@ -249,6 +254,26 @@ class DirectoryEngine:
         """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens."""
         self._drain()
         remove_checkpoint(self.files, os.path.abspath(path))  # noqa: PTH100
+
+    def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
+        """Give a checkpoint a second name: a directory of links. False where links cannot be made.
+
+        What is at `target` is replaced in one step.
+        """
+        self._drain()
+        origin, goal = os.path.abspath(source), os.path.abspath(target)  # noqa: PTH100
+        os.makedirs(os.path.dirname(goal), exist_ok=True)  # noqa: PTH103, PTH120
+        with StoredCheckpoint(origin) as stored:
+            names = stored.files()
+        pending = PendingDirectory(self.files, goal)
+        try:
+            for name in names:
+                self.files.link(f"{origin}/{name}", pending.file(name))
+            pending.commit()
+        except OSError:
+            pending.abandon()
+            return False
+        return True
 
     def adopt(self, path: str | os.PathLike[str]) -> None:
         """Let the next save use again what is unchanged since the checkpoint at `path`."""

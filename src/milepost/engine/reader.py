@@ -59,6 +59,11 @@ class StoredCheckpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def files(self) -> list[str]:
+        """Names of all the files it consists of, the head last."""
+        names = [name for blob in self.head.blobs for name in (blob.name, blob.index.name)]
+        return [*names, *(found.name for found in self.head.maps), self.head.tree.name, manifest.HEAD_NAME]
+
     @cached_property
     def tree(self) -> Any:
         """The decoded tree: plain values, `TensorRef` and `Tagged`."""

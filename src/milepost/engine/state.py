@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import torch
 
 from milepost.engine import value_forms
 from milepost.engine.requests import Leaf
-from milepost.errors import CheckpointFormatError, UnencodableValueError
+from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
 from milepost.format.codec import MAX_DEPTH, Tagged, TensorRef
 from milepost.format.manifest import Index
 
@@ -30,9 +31,15 @@ Rows = Callable[[int], tuple[int, int]]
 
 
 class Flattened:
-    """A state as a tree whose tensors are numbered leaves. Tied tensors are one leaf."""
+    """A state as a tree whose tensors are numbered leaves. Tied tensors are one leaf.
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    Args:
+        pickled: what becomes of a value that cannot be data. None: an error. Else called with its key path, and the
+            value is pickled: it is loaded only by a caller who asks for that.
+    """
+
+    def __init__(self, state: Mapping[str, Any], pickled: Callable[[str, Any], None] | None = None) -> None:
+        self._pickled = pickled
         self.leaves: list[Leaf] = []
         self._seen: dict[Any, int] = {}
         self._names: dict[str, set[str]] = {}
@@ -64,6 +71,9 @@ class Flattened:
         encoded = _form_of(value)
         if encoded is None:
             where = f"{group}.{path}" if path else group
+            if self._pickled is not None:
+                self._pickled(where, value)
+                return Tagged({"type": "pickle", "value": pickle.dumps(value), "path": where})
             raise UnencodableValueError(
                 f"The value at {where!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored as data."
                 " Store plain values, tensors, paths, enums or dataclasses in its place.",
@@ -114,17 +124,24 @@ class Flattened:
         return unique
 
 
-def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor]) -> Any:
-    """The nested state from a decoded tree; `tensor` gives the tensor for a reference, the same one for the same."""
+def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bool = False) -> Any:
+    """The nested state from a decoded tree; `tensor` gives the tensor for a reference, the same one for the same.
+
+    Args:
+        unpickle: whether to load pickled values, which runs code of the file.
+
+    Raises:
+        UnsafeCheckpointError: there is a pickled value and `unpickle` is False.
+    """
     if isinstance(tree, TensorRef):
         return tensor(tree)
     kind = type(tree)
     if kind in (dict, OrderedDict):
-        return kind((k, rebuild(v, tensor)) for k, v in tree.items())
+        return kind((k, rebuild(v, tensor, unpickle)) for k, v in tree.items())
     if kind in (list, tuple):
-        return kind(rebuild(v, tensor) for v in tree)
+        return kind(rebuild(v, tensor, unpickle) for v in tree)
     if kind is Tagged:
-        return _value_of(rebuild(tree.data, tensor))
+        return _value_of(rebuild(tree.data, tensor, unpickle), unpickle)
     return tree
 
 
@@ -151,12 +168,21 @@ def _form_of(value: Any) -> Any:
     return value_forms.encode(value)
 
 
-def _value_of(form: Any) -> Any:
+def _value_of(form: Any, unpickle: bool) -> Any:
     """The value of a form. Nothing is imported for a file's sake: a class that is not there leaves the form.
 
     Raises:
         CheckpointFormatError: it is none.
+        UnsafeCheckpointError: it is a pickle, and `unpickle` is False.
     """
+    if isinstance(form, dict) and form.get("type") == "pickle":
+        if not unpickle:
+            raise UnsafeCheckpointError(
+                f"The value at {form.get('path')!r} is pickled, and loading it would run code. If you trust the"
+                " checkpoint, load it with weights_only=False.",
+                key_path=str(form.get("path")),
+            )
+        return pickle.loads(form["value"])
     try:
         known = _DECODERS.get(form["type"])
         return known(form["value"]) if known is not None else value_forms.decode(form)

@@ -1,0 +1,154 @@
+"""Checkpoints as directories, written while training goes on."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milepost.engine.directory import DirectoryEngine, DirectorySave
+from milepost.engine.state import Flattened
+from milepost.format.manifest import HEAD_NAME
+from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.storage import local
+
+
+class SnapshotCheckpointIO(CheckpointIO):
+    """A checkpoint is a directory: plain safetensors files, indexes with digests, a manifest (docs/format.md).
+
+    `save_checkpoint` copies the state to host memory and returns; the copy is written while training goes on, past the
+    page cache, only where it changed since the last checkpoint. It is there whole or not at all. `ModelCheckpoint`
+    counts it once it is durable. Loading verifies every byte and runs no code.
+
+    Args:
+        background: False: `save_checkpoint` returns when the checkpoint is durable, and no memory is taken for a copy.
+        threads: that copy, digest and write.
+        allow_pickle: pickle what cannot be stored as data, without a word. Such a checkpoint loads only with
+            ``weights_only=False``. Otherwise `check` refuses such a value before training, and one that turns up later
+            is pickled with a warning, so that no step is lost for it.
+    """
+
+    def __init__(self, *, background: bool = True, threads: int = 2, allow_pickle: bool = False) -> None:
+        self._engine = DirectoryEngine(threads=threads)
+        self._background = background
+        self._allow_pickle = allow_pickle
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> DirectorySave:
+        """Save `checkpoint`. Returns a handle that is done once it is durable.
+
+        Raises:
+            CheckpointSaveError: an earlier save in the background failed and nobody was told; or, not in the
+                background, this one. What was at `path` before is intact.
+            TypeError: `storage_options` was given.
+        """
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r} is not supported for `SnapshotCheckpointIO`: it writes local"
+                " files. Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
+            )
+        step = checkpoint.get("global_step", 0) if isinstance(checkpoint, dict) else 0
+        warn = _silent if self._allow_pickle else _warn_of_pickle
+        return self._engine.save(path, checkpoint, step=step, background=self._background, pickled=warn)
+
+    def check(self, checkpoint: dict[str, Any]) -> None:
+        """Find what a save could only pickle; nothing is written.
+
+        Raises:
+            UnencodableValueError: names the value's key path.
+        """
+        if not self._allow_pickle:
+            Flattened(checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load and verify; tensors go to the CPU unless `map_location` says otherwise.
+
+        Args:
+            weights_only: False loads pickled values too, which runs code of the checkpoint.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError, CheckpointFormatError
+        """
+        loaded = self._engine.load(path, unpickle=weights_only is False)
+        return loaded if map_location is None else _moved(loaded, map_location)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove it, after every save asked for before; where there is none, do nothing."""
+        self._engine.remove(path)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return (Path(path) / HEAD_NAME).is_file()
+
+    def list(self, directory: str | os.PathLike[str]) -> list[str]:
+        """Paths of the checkpoint directories in `directory`, sorted."""
+        folder = Path(directory)
+        if not folder.is_dir():
+            return []
+        return sorted(str(p) for p in folder.iterdir() if not p.name.startswith(".") and self.exists(p))
+
+    def verify(self, path: str | os.PathLike[str]) -> None:
+        """Read every byte and check it.
+
+        Raises:
+            CheckpointCorruptError: names the tensor and the damaged range; CheckpointNotFoundError: nothing is there.
+        """
+        self._engine.verify(path)
+
+    def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
+        """Give a checkpoint a second name, a directory of hard links; False where links cannot be made."""
+        return self._engine.link(source, target)
+
+    def probe(self, directory: str | os.PathLike[str]) -> int:
+        """Write a small file where `directory` is or will be, and remove it. Returns the bytes that are free there.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
+        return local.probe(directory)
+
+    def wait(self) -> None:
+        """Wait until nothing is under way; raise what failed."""
+        self._engine.wait()
+
+    def teardown(self) -> None:
+        """Wait, give back threads and memory, raise what failed. Another run may follow."""
+        self._engine.close()
+
+
+def _silent(key_path: str, value: Any) -> None:
+    return None
+
+
+def _warn_of_pickle(key_path: str, value: Any) -> None:
+    kind = type(value)
+    warnings.warn(
+        f"The value at {key_path!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored as data. The"
+        " checkpoint is written with it pickled, and loads only with weights_only=False. Store plain values instead.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _moved(value: Any, map_location: Any) -> Any:
+    """A copy of the containers, with every tensor where `map_location` says: a device, or a dict or function of them.
+
+    A function, as `torch.load` takes it, is asked with the storage on the host.
+    """
+    if isinstance(value, torch.Tensor):
+        if callable(map_location):
+            storage = map_location(value.untyped_storage(), "cpu")
+            return value if storage is None or storage.device.type == "cpu" else value.to(storage.device)
+        return value.to(map_location.get("cpu", "cpu") if isinstance(map_location, dict) else map_location)
+    if isinstance(value, dict):
+        return type(value)((k, _moved(v, map_location)) for k, v in value.items()) if type(value) in _PLAIN else value
+    if type(value) in (list, tuple):
+        return type(value)(_moved(v, map_location) for v in value)
+    return value
+
+
+_PLAIN = (dict, OrderedDict)
