@@ -183,18 +183,49 @@ def test_a_path_in_lightnings_hyper_parameters_is_refused_by_name_and_loads_on_r
     assert loaded.hparams["root"] == Path("x")
 
 
-def test_a_plateau_whose_metric_a_lightning_file_lacks_waits_for_the_next_epoch(tmp_path: Path) -> None:
-    def plateau(side: Any) -> Any:
-        class Plateau(type(module(side))):  # type: ignore[misc]
-            def configure_optimizers(self) -> Any:
-                optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-                scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": HELD}}
+def plateau(side: Any) -> Any:
+    class Plateau(type(module(side))):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": HELD}}
 
-        return Plateau()
+    return Plateau()
 
+
+def plateau_state(trainer: Any) -> Any:
+    return trainer.lr_scheduler_configs[0].scheduler.state_dict()
+
+
+@pytest.mark.parametrize("hook", [True, False], ids=["train epoch end", "validation end"])
+@pytest.mark.parametrize("file", ["last", "best"])
+def test_a_plateau_takes_the_step_that_lightning_saves_before(hook: bool, file: str, tmp_path: Path) -> None:
+    written, _ = fit(pl, tmp_path / "run", epochs=3, build=plateau, save_on_train_epoch_end=hook)
+    path = tmp_path / "run/last.ckpt" if file == "last" else Path(written.checkpoint_callback.best_model_path)
+    resumed, model = fit(milepost, tmp_path / "next", resume=path, build=plateau, epochs=5)
+    unbroken, whole = fit(milepost, tmp_path / "whole", build=plateau, epochs=5)
+    assert plateau_state(resumed) == plateau_state(unbroken)
+    assert plateau_state(resumed)["last_epoch"] == 5
+    assert same(model, whole)
+
+
+def test_lightning_leaves_that_step_out_of_our_file_as_of_its_own(tmp_path: Path) -> None:
+    resumed = {}
+    for side in (pl, milepost):
+        fit(side, tmp_path / side.__name__, epochs=3, build=plateau)
+        path = tmp_path / side.__name__ / "last.ckpt"
+        resumed[side] = fit(pl, tmp_path / "next", resume=path, build=plateau, epochs=5)
+    assert plateau_state(resumed[milepost][0]) == plateau_state(resumed[pl][0])
+    assert plateau_state(resumed[milepost][0])["last_epoch"] == 4
+    assert same(resumed[milepost][1], resumed[pl][1])
+
+
+def test_a_plateau_whose_metric_no_callback_watched_waits_for_the_next_epoch(tmp_path: Path) -> None:
     fit(pl, tmp_path, epochs=2, build=plateau)
+    raw = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del raw["callbacks"]
+    torch.save(raw, tmp_path / "bare.ckpt")
     with pytest.warns(UserWarning, match="monitors 'val_loss', which was not logged.*left as it is"):
-        trainer, _ = fit(milepost, tmp_path, resume=tmp_path / "last.ckpt", build=plateau)
+        trainer, _ = fit(milepost, tmp_path, resume=tmp_path / "bare.ckpt", build=plateau)
     assert trainer.global_step == 4 * BATCHES
-    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3, "one step each for epochs 0, 2 and 3"
+    assert plateau_state(trainer)["last_epoch"] == 3, "one step each for epochs 0, 2 and 3"

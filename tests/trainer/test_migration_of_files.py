@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from milepost.errors import ResumeError
-from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops
+from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
 
 FILES = Path(__file__).parents[1] / "compat/old_lightning"
 OLD = sorted(FILES.glob("*.ckpt"))
@@ -177,3 +177,24 @@ def test_a_file_without_loops_says_what_to_do() -> None:
     del raw["loops"]
     with pytest.raises(ResumeError, match=r"Lightning 1\.4\.9.*upgrade_checkpoint"):
         require_loops(migrate_checkpoint(raw))
+
+
+SCORE = torch.tensor(0.25)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "expected"),
+    [
+        ({"ModelCheckpoint{}": {"monitor": "x", "best_k_models": {"/a/here.ckpt": SCORE}}}, {"x": SCORE}),
+        ({"ModelCheckpoint{}": {"monitor": "x", "best_k_models": {"/a/e=1-step=12.ckpt": SCORE}}}, {"x": SCORE}),
+        ({"ModelCheckpoint{}": {"monitor": "x", "best_k_models": {"/a/e=1-step=1.ckpt": SCORE}}}, {}),
+        ({"ModelCheckpoint{}": {"monitor": None, "best_k_models": {}}}, {}),
+        ({"EarlyStopping{'monitor': 'x', 'mode': 'min'}": {"wait_count": 0, "best_score": SCORE}}, {"x": SCORE}),
+        ({"EarlyStopping{'monitor': 'x', 'mode': 'min'}": {"wait_count": 1, "best_score": SCORE}}, {}),
+        ({"EarlyStopping{'monitor': 'x'}": {"wait_count": 0, "best_score": torch.tensor(torch.inf)}}, {}),
+        ({"Mine": 3}, {}),
+        (None, {}),
+    ],
+)
+def test_a_watched_value_is_known_only_where_it_is_of_this_file(callbacks: Any, expected: Any) -> None:
+    assert watched_values(old(callbacks=callbacks), "/elsewhere/here.ckpt") == expected

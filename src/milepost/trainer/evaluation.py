@@ -12,6 +12,7 @@ from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.loading import Loading
 from milepost.trainer.module import Module, is_overridden, takes_argument
+from milepost.trainer.progress import Progress
 from milepost.trainer.sources import evaluation_stream
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ class EvaluationLoop:
         several = len(self.num_batches) > 1
         values: list[dict[str, Any]] = [{} for _ in self.num_batches]
         reading = 0
+        progress = self._progress
+        progress.reset_current()
         # the data's own randomness never moves the model's: validating or not leaves training bit-identical
         stream.begin(trainer.current_epoch)
         for batch, batch_idx, dataloader_idx in self._fetched(stream):
@@ -130,7 +133,8 @@ class EvaluationLoop:
             if dataloader_idx != reading:
                 values[reading] = trainer.metrics.end_loader(dataloader_idx)
                 reading = dataloader_idx
-            self._run_batch(batch, batch_idx, dataloader_idx, several)
+            progress.is_last_batch = stream.is_last
+            self._run_batch(batch, batch_idx, dataloader_idx, several, progress)
             if trainer.received_sigterm:
                 raise SIGTERMException(trainer.signals.exit_status)
         values[reading] = trainer.metrics.end_loader()
@@ -145,19 +149,29 @@ class EvaluationLoop:
                 return
             yield item
 
-    def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool) -> None:
+    @property
+    def _progress(self) -> Progress:
+        """The counts that are saved, for a validation inside fit; others start from nothing each time."""
+        within_fit = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        return self.trainer.fit_loop.progress.validation_batch if within_fit else Progress()
+
+    def _run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int, several: bool, progress: Progress) -> None:
         trainer, stage = self.trainer, self.stage
+        progress.add("ready")
         batch = trainer.to_device(batch, dataloader_idx)
         trainer.metrics.begin_batch(batch, dataloader_idx if several else None)
         position = (batch, batch_idx, dataloader_idx) if several else (batch, batch_idx)
         trainer.call(f"on_{stage}_batch_start", *position)
+        progress.add("started")
         with (
             trainer.precision_plugin.forward_context(),
             trainer.in_hook(f"{stage}_step"),
             trainer.profile(f"{stage}_step", trainer.strategy),
         ):
             output = trainer.call_step(f"{stage}_step", *position)
+        progress.add("processed")
         trainer.call(f"on_{stage}_batch_end", output, *position)
+        progress.add("completed")
         trainer.metrics.end_batch()
         if stage == "predict":
             self.predictions[dataloader_idx].append(output)

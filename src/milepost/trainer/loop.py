@@ -13,7 +13,7 @@ from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.loading import Loading
 from milepost.trainer.optimization import Optimization, Reached
 from milepost.trainer.preflight import check_checkpoint
-from milepost.trainer.progress import FitProgress, Phase
+from milepost.trainer.progress import Counts, FitProgress, Phase
 from milepost.trainer.signals import save_for_requeue
 from milepost.trainer.sources import training_loaders, training_stream
 from milepost.trainer.standing import BeforeBatch, Standing, callback_states, saves_on_exception
@@ -102,6 +102,7 @@ class FitLoop:
             progress.batch.reset_current()
             for counts in (progress.optimizer_step, progress.zero_grad, progress.scheduler):
                 counts.reset_current()
+            progress.validation_batch.total = Counts()  # Lightning counts it per training epoch
             progress.epoch.add("ready")
         if midway and self.stream_state is not None:
             self.stream.load_state_dict(self.stream_state)

@@ -352,6 +352,11 @@ class Metrics:
             "steps": dict(self.steps),
         }
 
+    def recall(self, values: dict[str, torch.Tensor]) -> None:
+        """Show `values` to callbacks and schedulers, as logged now."""
+        for name, value in values.items():
+            self._callback[name], self._steps[name] = value, self._step()
+
     def load_state_dict(self, state: dict[str, Any], module: torch.nn.Module) -> None:
         """Go on with the epoch of `state`; `module` holds the torchmetrics objects."""
         self.training = self.current = EpochMetrics()

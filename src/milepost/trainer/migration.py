@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from milepost.errors import ResumeError
 from milepost.trainer.progress import Progress
@@ -83,6 +86,35 @@ def require_loops(checkpoint: _Dict) -> None:
         " Files older than Lightning 1.6 are upgraded with Lightning's own `python -m"
         " pytorch_lightning.utilities.upgrade_checkpoint`; the weights alone load with load_from_checkpoint."
     )
+
+
+def watched_values(checkpoint: _Dict, path: str) -> dict[str, torch.Tensor]:
+    """What a file of Lightning tells of the values last logged: it keeps none, but those that its callbacks watched.
+
+    A checkpointer lists the scores of the files that it keeps: this file's by its name, or by the step in the name; an
+    early stopping that has just seen an improvement holds the value in ``best_score``. A plateau scheduler that
+    watches the same metric can then take the step which Lightning leaves out when it resumes.
+
+    Args:
+        checkpoint: as read and migrated.
+        path: of the file; its last part is looked up.
+    """
+    values: dict[str, torch.Tensor] = {}
+    for key, state in (checkpoint.get("callbacks") or {}).items():
+        if not isinstance(state, dict):
+            continue
+        if str(key).startswith("EarlyStopping{") and state.get("wait_count") == 0:
+            monitor = re.search(r"'monitor': '([^']+)'", key)
+            if monitor and isinstance(best := state.get("best_score"), torch.Tensor) and best.isfinite():
+                values[monitor[1]] = best
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and isinstance(state.get("best_k_models"), dict) and state.get("monitor"):
+            for file, score in state["best_k_models"].items():
+                name = Path(file).name
+                steps = re.search(r"step=(\d+)", name)
+                if name == Path(path).name or (steps and int(steps[1]) == checkpoint["global_step"]):
+                    values[state["monitor"]] = torch.as_tensor(score)
+    return values
 
 
 def _release(version: str) -> tuple[int, ...]:

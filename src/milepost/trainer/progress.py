@@ -118,6 +118,12 @@ class FitProgress:
         self.validation_batch.load_state_dict(state["epoch_loop.val_loop.batch_progress"])
         self.batches_that_stepped = int(state["epoch_loop.state_dict"].get("_batches_that_stepped", 0))
 
+    @property
+    def validation_unfinished(self) -> bool:
+        """Whether a validation was cut short: a batch of it was begun, and it was not the last or is not completed."""
+        batch = self.validation_batch
+        return batch.current.ready > 0 and not (batch.is_last_batch and batch.current.completed == batch.current.ready)
+
     def inferred_phase(self) -> Phase:
         """Where a checkpoint stands that does not say so itself: one that Lightning wrote.
 

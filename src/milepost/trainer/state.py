@@ -18,7 +18,7 @@ from milepost.plugins.io.torch_io import TorchCheckpointIO
 from milepost.trainer.buffers import changed_buffers, restore_buffers
 from milepost.trainer.loading import Loading
 from milepost.trainer.metric_state import restore_metric_states
-from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops
+from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
 from milepost.trainer.standing import Standing, callback_keys, restore_loggers
 
@@ -154,6 +154,8 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     _restore_optimizers(trainer, checkpoint)
     exact = checkpoint.get("milepost")
     loop.resumed = loop.phase = Phase(exact["phase"]) if exact else loop.progress.inferred_phase()
+    if loop.phase is Phase.BATCH_DONE and loop.progress.validation_unfinished:
+        loop.resumed = loop.phase = Phase.BATCH_END  # saved inside a validation: all of it is done again
     if loop.phase is Phase.BETWEEN_EPOCHS:
         loop.progress.epoch.current.completed = loop.progress.epoch.current.processed
     if trainer.max_epochs not in (None, -1) and trainer.current_epoch > trainer.max_epochs:
@@ -164,12 +166,15 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop.metrics_lost = exact is None
     if exact:
         _restore_exactly(trainer, checkpoint)
-    elif loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
+        return
+    trainer.metrics.recall(watched_values(checkpoint, trainer.ckpt_path or ""))
+    if loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
         loop.stream_state = {"batches_seen": loop.progress.batch.current.processed}
-        trainer.warn_once(
-            "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor the"
-            " order of the data, so the rest of this epoch is not the one that Lightning would have trained on."
-        )
+        if not loop.progress.batch.is_last_batch:
+            trainer.warn_once(
+                "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor"
+                " the order of the data, so the rest of this epoch is not the one that Lightning would have trained on."
+            )
 
 
 def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
