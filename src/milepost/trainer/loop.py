@@ -11,6 +11,7 @@ import torch
 from milepost.data.rng import RngState, isolated_rng
 from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.loading import Loading
+from milepost.trainer.module import UNRECORDED
 from milepost.trainer.optimization import Optimization, Reached
 from milepost.trainer.preflight import check_checkpoint
 from milepost.trainer.progress import Counts, FitProgress, Phase
@@ -233,16 +234,11 @@ class FitLoop:
         """
         trainer, stream = self.trainer, self.stream
         assert stream is not None
-        module = trainer.lightning_module
-        hook, module._current_hook = module._current_hook, None  # self.log records nothing
         stream.begin(self.progress.epoch.current.processed)
-        try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                for batch, batch_idx, _ in stream:
-                    if batch is not None:
-                        trainer.call_step("training_step", trainer.to_device(batch), batch_idx)
-        finally:
-            module._current_hook = hook
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), trainer.in_hook(UNRECORDED):
+            for batch, batch_idx, _ in stream:
+                if batch is not None:
+                    trainer.call_step("training_step", trainer.to_device(batch), batch_idx)
 
     def standing(self) -> Standing:
         """The point from which a checkpoint written now goes on."""

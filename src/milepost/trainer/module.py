@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from milepost.loggers.logger import Logger
     from milepost.trainer.trainer import Trainer
 
+UNRECORDED = "unrecorded"
+"""The hook that a step runs in whose values are not to be recorded."""
+
 
 class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters):
     """Define `training_step` and `configure_optimizers`, hand it to ``Trainer.fit``.
@@ -177,9 +180,10 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"`` or ``"max"``.
             batch_size: weight of the mean; read off the batch where it is not given.
         """
-        if self._trainer is None or (self._current_hook is None and self._trainer.state.status != "running"):
+        hook = self._current_hook
+        if self._trainer is None or hook == UNRECORDED or (hook is None and self._trainer.state.status != "running"):
             return  # not in a run: a step called by hand from a test or a notebook logs nothing
-        if self._current_hook is None:
+        if hook is None:
             raise MisconfigurationException(
                 f"self.log({name!r}, ...) outside of a step or an epoch hook: values cannot be logged there."
             )
@@ -196,7 +200,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             add_dataloader_idx,
             metric_attribute,
         )
-        self._trainer.metrics.record(self._current_hook, name, value, options, batch_size, self)
+        self._trainer.metrics.record(hook, name, value, options, batch_size, self)
 
     def log_dict(self, dictionary: Mapping[str, Any] | MetricCollection, **options: Any) -> None:
         """`log` each item of `dictionary` (a torchmetrics MetricCollection too) with the same `options`."""
