@@ -8,9 +8,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import zipfile
 from datetime import timedelta
@@ -138,36 +135,6 @@ def test_nothing_is_written_to_the_temporary_directory(tmp_path: Path, monkeypat
     monkeypatch.setenv("TMPDIR", str(tmp_path / "does-not-exist"))
     TorchCheckpointIO().save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
     assert not (tmp_path / "does-not-exist").exists()
-
-
-def test_sigkill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    program = textwrap.dedent(
-        """
-        import sys, torch
-        from milepost.plugins import TorchCheckpointIO
-        step = 0
-        while True:
-            step += 1
-            TorchCheckpointIO().save_checkpoint(
-                {"global_step": step, "state_dict": {"w": torch.full((200_000,), float(step))}}, sys.argv[1])
-            print(step, flush=True)
-        """
-    )
-    for kill_after in (1, 2, 5):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        child = subprocess.Popen(
-            [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert child.stdout is not None
-        for _ in range(kill_after):
-            line = child.stdout.readline()
-        child.kill()
-        child.wait()
-        child.stdout.close()
-        loaded = TorchCheckpointIO().load_checkpoint(path)
-        assert loaded["global_step"] >= int(line)
-        assert bool((loaded["state_dict"]["w"] == loaded["global_step"]).all())
 
 
 def test_values_come_back_exact_and_torch_sees_plain_ones(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,15 +15,7 @@ from typing import IO
 from milepost.errors import CheckpointSaveError
 
 _PENDING = ".pending"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()  # read once: asking sets it for a moment, which another thread could see
+_NAME_BYTES = 200  # of the destination's name in that of its temporary file: file systems allow 255 in all
 
 
 @contextmanager
@@ -30,50 +23,68 @@ def replacing(path: str | os.PathLike[str], *, step: int | None = None) -> Itera
     """Open a temporary file beside `path`; on success it is fsynced, renamed over `path`, and the directory fsynced.
 
     The temporary file lies in the destination's directory, so that the rename is atomic and $TMPDIR stays untouched.
+    Directories that are missing are made, durably too.
 
     Raises:
-        CheckpointSaveError: any step failed. The temporary file is gone and what was at `path` is intact.
+        CheckpointSaveError: any step failed. The temporary file is gone and what was at `path` is intact; if only the
+            last step failed, the new file is there, and the message says that it may not outlive a power cut.
     """
     path = Path(path)
     temporary: Path | None = None
+    in_place = False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         sweep(path.parent)
         temporary, file = _pending(path)
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)  # before the lock is given up with the file: else a sweep could take it for stale
+            in_place = True
         sync_directory(path.parent)
-    except Exception as error:
-        if temporary is not None:
+    except BaseException as error:
+        if temporary is not None and not in_place:
             with suppress(OSError):
                 temporary.unlink()
-        cause = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Exception):
+            raise
+        what_is_there = (
+            "The new file is in its place, but its directory could not be made durable: a power cut may undo it."
+            if in_place
+            else "What was there before is intact; free space or fix the permissions of the directory, or give another"
+            " dirpath."
+        )
         raise CheckpointSaveError(
-            f"Saving the checkpoint of step {step} to {str(path)!r} failed: {cause}. What was there before is intact;"
-            " free space or fix the permissions of the directory, or give another dirpath.",
+            f"Saving the checkpoint of step {step} to {str(path)!r} failed: {type(error).__name__}: {error}."
+            f" {what_is_there}",
             path=str(path),
             step=step,
         ) from error
-    except BaseException:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        raise
+
+
+def _make_directory(directory: Path) -> None:
+    """Make it and its missing parents; what was made is an entry of its parent, which must outlive a power cut too."""
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        sync_directory(place.parent)
+
+
+def _temporary_name(path: Path) -> Path:
+    name = path.name.encode()[:_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(8)}{_PENDING}")
 
 
 def _pending(path: Path) -> tuple[Path, IO[bytes]]:
     """A new temporary file beside `path`, locked, which tells it from what a killed process left behind."""
     while True:
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PENDING, dir=path.parent)
-        file = os.fdopen(number, "w+b")
+        name = _temporary_name(path)
+        file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b")
         with suppress(OSError):  # a file system without locks: nothing is swept there either
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.lexists(name):
-            return Path(name), file
+            return name, file
         file.close()  # somebody's sweep came between its making and its lock
 
 
@@ -115,15 +126,16 @@ def probe(directory: str | os.PathLike[str]) -> int:
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
     """Give `source` the second name `target`, replacing what is there atomically. False where that cannot be had."""
     source, target = Path(source), Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
+    temporary = _temporary_name(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        os.link(source, temporary)
-        temporary.replace(target)
-        with suppress(FileNotFoundError):
-            temporary.unlink()  # rename does nothing when both names are already one file
+        _make_directory(target.parent)
+        with source.open("rb") as held:
+            with suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_SH)  # the temporary name is the same file: no sweep takes it
+            os.link(source, temporary)
+            temporary.replace(target)
+            with suppress(FileNotFoundError):
+                temporary.unlink()  # rename does nothing when both names are already one file
         sync_directory(target.parent)
     except OSError:
         with suppress(OSError):
