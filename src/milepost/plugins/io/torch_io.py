@@ -43,13 +43,18 @@ class TorchCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(
-                f"storage_options={storage_options!r} is not supported for `TorchCheckpointIO`: it writes local files."
+                f"storage_options={storage_options!r} is not supported for `{type(self).__name__}`: it writes local"
+                " files."
                 " Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
             )
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         with local.replacing(path, step=step) as file:
             plain = values.to_plain(checkpoint, warn=not self._allow_pickle)
-            sealed.write(file, lambda out: torch.save(plain, out))
+            sealed.write(file, lambda out: self._serialise(plain, out))
+
+    def _serialise(self, plain: dict[str, Any], out: Any) -> None:
+        """Write the zip archive into `out`, which can only be appended to."""
+        torch.save(plain, out)
 
     def check(self, checkpoint: dict[str, Any]) -> None:
         """Find what a save could only pickle; nothing is written.
@@ -60,8 +65,9 @@ class TorchCheckpointIO(CheckpointIO):
         if not self._allow_pickle:
             values.check(
                 checkpoint,
-                remedy=" To have it pickled all the same, give Trainer(plugins=TorchCheckpointIO(allow_pickle=True));"
-                " such files load only with weights_only=False, which runs code.",
+                remedy=" To have it pickled all the same, give"
+                f" Trainer(plugins={type(self).__name__}(allow_pickle=True)); such files load only with"
+                " weights_only=False, which runs code.",
             )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

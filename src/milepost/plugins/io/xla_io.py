@@ -1,8 +1,7 @@
-"""Checkpoints of XLA devices: torch_xla brings the tensors to the host, the file is written as any other."""
+"""Checkpoints of XLA devices: torch_xla's own save brings the tensors to the host, the file is written as any other."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from milepost import _optional
@@ -10,10 +9,7 @@ from milepost.plugins.io.torch_io import TorchCheckpointIO
 
 
 class XLACheckpointIO(TorchCheckpointIO):
-    """`TorchCheckpointIO` for TPU strategies.
-
-    torch_xla's own save moves tensors to the host and calls ``torch.save``; here the same move is followed by the
-    durable, sealed write.
+    """`TorchCheckpointIO` for TPU strategies: ``xm.save`` serialises, into the same whole, durable and sealed file.
 
     Raises:
         MissingDependencyError: torch_xla is not installed.
@@ -23,8 +19,7 @@ class XLACheckpointIO(TorchCheckpointIO):
         super().__init__(allow_pickle=allow_pickle)
         self._model = _optional.require("torch_xla.core.xla_model", extra="xla", needed_by="XLACheckpointIO")
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Write `checkpoint` once its tensors are on the host."""
-        super().save_checkpoint(self._model._maybe_convert_to_cpu(checkpoint), path, storage_options)
+    def _serialise(self, plain: dict[str, Any], out: Any) -> None:
+        # The strategy has decided which process saves. Left to itself xm.save writes on each host's first process
+        # only, and returns without a word, and without a file, on any other.
+        self._model.save(plain, out, master_only=False)
