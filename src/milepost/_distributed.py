@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -33,3 +34,24 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def all_gather(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None = None, *, sync_grads: bool = False
+) -> torch.Tensor:
+    """Every rank's `tensor`, stacked along a new first dimension of size world size; `tensor` itself on a single rank.
+
+    Args:
+        tensor: of the same shape and type on every rank.
+        sync_grads: let gradients flow back to the rank that each part came from.
+    """
+    if not is_initialized():
+        return tensor
+    tensor = tensor.contiguous()
+    if sync_grads:
+        from torch.distributed.nn.functional import all_gather as differentiable
+
+        return torch.stack(differentiable(tensor, group=group or dist.group.WORLD))  # type: ignore[no-untyped-call]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)

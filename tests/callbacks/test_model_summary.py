@@ -19,7 +19,7 @@ MODEL: Any = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1, bias=F
 
 def test_counts() -> None:
     summary = summarize(MODEL)
-    assert summary.layers == [Layer("0", "Linear", 9), Layer("1", "Sequential", 3)]
+    assert summary.layers == [Layer("0", "Linear", 9, True), Layer("1", "Sequential", 3, True)]
     assert (summary.trainable, summary.total, summary.size_bytes) == (12, 12, 48)
     assert [layer.name for layer in summarize(MODEL, -1).layers] == ["0", "1", "1.0"]
 

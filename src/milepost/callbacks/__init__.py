@@ -23,8 +23,10 @@ _NAMES = {
     "EMAWeightAveraging": "milepost.callbacks.weight_averaging",
     "GradientAccumulationScheduler": "milepost.callbacks.gradient_accumulation",
     "ModelSummary": "milepost.callbacks.model_summary",
+    "RichModelSummary": "milepost.callbacks.model_summary",
     "ProgressBar": "milepost.callbacks.progress",
     "RichProgressBar": "milepost.callbacks.progress",
+    "RichProgressBarTheme": "milepost.callbacks._progress_line",
     "TQDMProgressBar": "milepost.callbacks.progress",
     "BasePredictionWriter": "milepost.callbacks.prediction_writer",
 }

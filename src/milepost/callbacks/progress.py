@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.text import Text
 
+from milepost.callbacks._progress_line import Progress, RichProgressBarTheme
 from milepost.callbacks.callback import Callback
 from milepost.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from milepost.trainer.module import Module
     from milepost.trainer.trainer import Trainer
+
+
+_BETWEEN_DRAWS_SECONDS = 0.1
 
 
 class ProgressBar(Callback):
@@ -58,11 +61,17 @@ class ProgressBar(Callback):
 
 
 class RichProgressBar(ProgressBar):
-    """One line with epoch, batch, speed and metrics. Silent where the output is no terminal, and where ``CI`` is set.
+    """One line with epoch, batches, time, time to go, speed and metrics; under it one for a validation while it runs.
+
+    Drawn where the output is a terminal or a notebook, and not where ``CI`` is set; a log file stays clean. It is drawn
+    ten times a second at most, and metrics are read off the device only then. A run that goes on inside an epoch begins
+    at the batch where it goes on.
 
     Args:
-        refresh_rate: batches between two redraws; 0 shows nothing.
+        refresh_rate: batches between two redraws at least; 0 shows nothing.
         leave: keep the line of a finished epoch and begin a new one below.
+        theme: styles.
+        console_kwargs: passed to ``rich.console.Console``.
         console: where to draw; the standard output if None.
         clock: seconds, from any origin, by which the speed is measured.
     """
@@ -71,6 +80,8 @@ class RichProgressBar(ProgressBar):
         self,
         refresh_rate: int = 1,
         leave: bool = False,
+        theme: RichProgressBarTheme = RichProgressBarTheme(),  # noqa: B008 - frozen
+        console_kwargs: dict[str, Any] | None = None,
         *,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -80,17 +91,18 @@ class RichProgressBar(ProgressBar):
             raise MisconfigurationException(f"refresh_rate is {refresh_rate!r} batches; give 0 (silent) or more")
         self.refresh_rate = refresh_rate
         self.leave = leave
+        self.theme = theme
+        self._console_kwargs = console_kwargs or {}
         self._console = console
         self._clock = clock
         self._live: Live | None = None
-        self._stage: tuple[str, int | float] = ("", 0)
-        self._begin = 0.0
-        self._done = 0
-        self._first_batch = 0
+        self._main: Progress | None = None
+        self._nested: Progress | None = None  # the validation inside a training epoch
+        self._drawn = -math.inf
 
     @property
     def is_enabled(self) -> bool:
-        return self._enabled and self.refresh_rate > 0 and (self._console is not None or _on_terminal())
+        return self._enabled and self.refresh_rate > 0 and (self._console is not None or _somebody_looks())
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print above the bar."""
@@ -101,102 +113,143 @@ class RichProgressBar(ProgressBar):
 
     # ---- drawing -------------------------------------------------------------------------------------------------
 
-    def _start(self, label: str, total: int | float, first_batch: int = 0) -> None:
+    def _begin(self, label: str, total: int | float, first: int = 0) -> None:
+        """A loop begins. Its line takes the place of the last one."""
         if not self.is_enabled:
             return
-        self._stage, self._begin, self._first_batch = (label, total), self._clock(), first_batch
+        self._main, self._nested = Progress(label, total, self._clock(), first, first), None
         if self._live is None:
-            console = self._console or Console()
-            self._live = Live("", console=console, auto_refresh=False, transient=not self.leave)
+            console = self._console or Console(**self._console_kwargs)
+            self._live = Live(console=console, auto_refresh=False, transient=False)
             self._live.start()
 
-    def _draw(self, trainer: Trainer, pl_module: Module, done: int) -> None:
-        label, total = self._stage
-        if self._live is None or (done % self.refresh_rate and done != total):
+    def _advance(self, trainer: Trainer, pl_module: Module, done: int) -> None:
+        line = self._nested or self._main
+        if self._live is None or line is None:
             return
-        elapsed = self._clock() - self._begin
-        speed = (done - self._first_batch) / elapsed if elapsed > 0 else 0.0
-        self._live.update(Text(line(label, done, total, speed, self.get_metrics(trainer, pl_module))), refresh=True)
+        line.done = done
+        now, last = self._clock(), done >= line.total
+        if not last and (done % self.refresh_rate or now - self._drawn < _BETWEEN_DRAWS_SECONDS):
+            return
+        self._draw(now, self.get_metrics(trainer, pl_module))
 
-    def _stop(self) -> None:
+    def _draw(self, now: float, metrics: dict[str, int | str | float] | None = None) -> None:
+        if self._live is None or self._main is None:
+            return
+        if metrics is not None:
+            self._main.metrics = metrics
+        width = self._live.console.width
+        stopped = now if self._nested is None else self._nested.begun  # the time of a validation is not training's
+        lines = [self._main.render(stopped, width, self.theme)]
+        if self._nested is not None:
+            lines.append(self._nested.render(now, width, self.theme))
+        self._live.update(Group(*lines), refresh=True)
+        self._drawn = now
+
+    def _end(self, *, keep: bool) -> None:
+        """No line is drawn any more; the last one stays on the screen with `keep`."""
         if self._live is not None:
+            self._nested = None
+            if keep:
+                self._draw(self._clock())
+            else:
+                self._live.transient = True
             self._live.stop()
-            self._live = None
+        self._live = self._main = self._nested = None
+        self._drawn = -math.inf
 
-    # ---- hooks ---------------------------------------------------------------------------------------------------
-
-    def _start_epoch(self, trainer: Trainer, first_batch: int) -> None:
-        last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
-        self._start(f"Epoch {trainer.current_epoch}{last}", trainer.num_training_batches, first_batch)
+    # ---- training ------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
-        if self._live is None or not self._stage[0].startswith("Epoch"):  # an epoch begins, or goes on midway
-            self._start_epoch(trainer, batch_idx)
+        if self._main is None:  # an epoch begins, or goes on midway
+            self._begin_epoch(trainer, batch_idx)
+
+    def _begin_epoch(self, trainer: Trainer, first: int) -> None:
+        last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
+        self._begin(f"Epoch {trainer.current_epoch}{last}", trainer.num_training_batches, first)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._draw(trainer, pl_module, batch_idx + 1)
+        self._advance(trainer, pl_module, batch_idx + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._stop()
+        if self._main is None:
+            return
+        self._draw(self._clock(), self.get_metrics(trainer, pl_module))  # the epoch's own values too
+        if self.leave:
+            self._end(keep=True)
+        else:
+            self._main = None  # the next epoch is drawn in its place
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self._end(keep=True)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self._end(keep=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
-        sanity = trainer.sanity_checking
-        self._start_evaluation(
-            "Sanity check" if sanity else "Validation",
-            trainer.num_sanity_val_batches if sanity else trainer.num_val_batches,
-        )
+        if trainer.sanity_checking:
+            self._begin("Sanity check", sum(trainer.num_sanity_val_batches))
+        elif trainer.state.fn == "validate":
+            self._begin("Validation", sum(trainer.num_val_batches))
+        else:
+            if self._main is None:  # a run goes on where a validation is due
+                self._begin_epoch(trainer, trainer.fit_loop.batch_idx + 1)
+            self._nested = Progress("  Validation", sum(trainer.num_val_batches), self._clock())
 
     def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start_evaluation("Testing", trainer.num_test_batches)
+        self._begin("Testing", sum(trainer.num_test_batches))
 
     def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
-        self._start_evaluation("Predicting", trainer.num_predict_batches)
-
-    def _start_evaluation(self, label: str, batches: list[int | float]) -> None:
-        self._done = 0
-        self._start(label, sum(batches))
+        self._begin("Predicting", sum(trainer.num_predict_batches))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._done += 1
-        self._draw(trainer, pl_module, self._done)
+        self._advance_evaluation(trainer, pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._done += 1
-        self._draw(trainer, pl_module, self._done)
+        self._advance_evaluation(trainer, pl_module)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._done += 1
-        self._draw(trainer, pl_module, self._done)
+        self._advance_evaluation(trainer, pl_module)
+
+    def _advance_evaluation(self, trainer: Trainer, pl_module: Module) -> None:
+        if (line := self._nested or self._main) is not None:
+            self._advance(trainer, pl_module, line.done + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._stage = ("", 0)  # the next training batch draws the epoch's line again
-        if trainer.sanity_checking or not trainer.training:
-            self._stop()
+        if self._nested is not None and self._main is not None:
+            now = self._clock()
+            self._main.paused += now - self._nested.begun
+            self._nested = None
+            self._draw(now, self.get_metrics(trainer, pl_module))
+        elif trainer.state.fn == "validate":
+            self._end(keep=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._stop()
+        self._end(keep=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._stop()
+        self._end(keep=True)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
-        self._stop()
+        self._end(keep=True)
 
     def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
-        self._stop()
+        self._end(keep=True)
 
 
 class TQDMProgressBar(RichProgressBar):
     """The same bar under the name, and with the arguments, that Lightning users know.
 
     Args:
-        refresh_rate: batches between two redraws; 0 shows nothing.
+        refresh_rate: batches between two redraws at least; 0 shows nothing.
         process_position: accepted and without effect; only rank 0 draws.
         leave: keep the line of a finished epoch.
     """
@@ -205,18 +258,7 @@ class TQDMProgressBar(RichProgressBar):
         super().__init__(refresh_rate, leave)
 
 
-def line(label: str, done: int, total: int | float, speed: float, metrics: dict[str, int | str | float]) -> str:
-    """The line that is drawn: ``Epoch 0/9  12/100  3.40 it/s  loss 0.123``. `speed` is in batches per second."""
-    known = total not in (0, float("inf"))
-    shown = [f"{name} {_spelled(value)}" for name, value in metrics.items()]
-    return "  ".join([label, f"{done}/{total}" if known else str(done), f"{speed:.2f} it/s", *shown])
-
-
-def _spelled(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _on_terminal() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("CI")
+def _somebody_looks() -> bool:
+    if os.environ.get("CI"):
+        return False
+    return sys.stdout.isatty() or Console().is_jupyter

@@ -13,11 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
+from milepost import _distributed
 from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer.hparams import Hyperparameters, instantiate
 from milepost.trainer.metrics import LogOptions
 from milepost.trainer.state import read_checkpoint, without_compile_prefix
+from milepost.trainer.transfer import map_tensors, numbers_to_tensors
 
 if TYPE_CHECKING:
     from milepost.loggers.logger import Logger
@@ -33,6 +35,13 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
     Also exported as ``LightningModule``; methods, hooks and attributes carry the names that Lightning users know.
     """
 
+    example_input_array: Any = None
+    """What `forward` takes, by which a logger draws the module."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._trainer: Trainer | None = None
@@ -40,7 +49,6 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         self._strict_loading: bool | None = None
         self._current_hook: str | None = None
         self._toggled: dict[nn.Parameter, bool] = {}
-        self.example_input_array: Any = None
         self.allow_zero_length_dataloader_with_multiple_devices = False
 
     # ---- what the run offers -------------------------------------------------------------------------------------
@@ -112,6 +120,16 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         return torch.get_default_dtype()
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on a CUDA device."""
+        return self.device.type == "cuda"
+
+    @property
+    def device_mesh(self) -> Any:
+        """The mesh of a strategy that spreads the module over one, else None."""
+        return getattr(self._trainer.strategy, "device_mesh", None) if self._trainer else None
+
+    @property
     def logger(self) -> Logger | None:
         return self._trainer.logger if self._trainer else None
 
@@ -123,6 +141,37 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         """Print on rank zero only."""
         if self.global_rank == 0:
             print(*args, **kwargs)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Gather `data`, a tensor or number or a nested collection of them, from all ranks. Call it on all of them.
+
+        Each tensor comes back with a new first dimension, the rank; unchanged where there is a single one.
+
+        Args:
+            group: the ranks to gather from; all if None.
+            sync_grads: let gradients flow back through it.
+        """
+
+        def gather(tensor: torch.Tensor) -> torch.Tensor:
+            return _distributed.all_gather(tensor.to(self.device), group, sync_grads=sync_grads)
+
+        return map_tensors(numbers_to_tensors(data), gather)
+
+    # ---- export ----------------------------------------------------------------------------------------------------
+
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Not there. Raises MisconfigurationException, which names what to call instead."""
+        raise _exported_by_torch("to_onnx", "torch.onnx.export(module.eval(), (input_sample,), file_path)")
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Not there. Raises MisconfigurationException, which names what to call instead."""
+        raise _exported_by_torch("to_torchscript", "torch.export.export(module.eval(), (example_inputs,))")
+
+    def to_tensorrt(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Not there. Raises MisconfigurationException, which names what to call instead."""
+        raise _exported_by_torch("to_tensorrt", "torch_tensorrt.compile(module.eval(), arg_inputs=[input_sample])")
 
     # ---- what the user defines -----------------------------------------------------------------------------------
 
@@ -361,6 +410,10 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         model.on_load_checkpoint(checkpoint)
         load_weights(model, checkpoint, strict=model.strict_loading if strict is None else strict)
         return model
+
+
+def _exported_by_torch(method: str, call: str) -> MisconfigurationException:
+    return MisconfigurationException(f"{method} is not there: a Module is a torch Module, so call {call}.")
 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: bool) -> None:

@@ -50,3 +50,14 @@ def _rebuilt(like: Any, items: Any) -> Any:
         return type(like)(items)
     except TypeError:
         return items
+
+
+def numbers_to_tensors(value: Any) -> Any:
+    """Numbers in nested mappings and sequences as tensors; all else as it is."""
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value)
+    if isinstance(value, Mapping):
+        return _rebuilt(value, {k: numbers_to_tensors(v) for k, v in value.items()})
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(numbers_to_tensors(v) for v in value)
+    return value

@@ -1,0 +1,66 @@
+"""What a Module offers beside its hooks: gathering, freezing, where it is, and words about what is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from milepost import Module
+from milepost.errors import MisconfigurationException
+
+
+class Net(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+
+def test_gathering_on_one_process_changes_nothing() -> None:
+    gathered = Net().all_gather({"a": [1, torch.ones(2)], "b": (2.5, "text")})
+    assert gathered["a"][0] == 1 and gathered["a"][1].shape == (2,) and gathered["b"] == (torch.tensor(2.5), "text")
+
+
+def _gather(rank: int, folder: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    net = Net()
+    weight = torch.tensor([1.0 + rank], requires_grad=True)
+    stacked = net.all_gather({"loss": weight, "n": rank}, sync_grads=True)
+    (stacked["loss"].sum() * (rank + 1)).backward()
+    plain = net.all_gather(weight.detach())
+    results[rank] = (stacked["loss"].tolist(), stacked["n"].tolist(), weight.grad.tolist(), plain.shape)  # type: ignore
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gathering_stacks_what_the_ranks_have(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as shared:
+        results = shared.dict()
+        torch.multiprocessing.spawn(_gather, (str(tmp_path), results), nprocs=2)
+        for rank in (0, 1):
+            loss, count, gradient, shape = results[rank]
+            assert loss == [[1.0], [2.0]] and count == [0, 1]
+            assert gradient == [3.0]  # of both ranks' use: 1 + 2
+            assert shape == (2, 1)
+
+
+def test_freezing_and_where_it_is() -> None:
+    net = Net()
+    net.freeze()
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    net.unfreeze()
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    assert (net.device, net.dtype, net.on_gpu, net.device_mesh) == (torch.device("cpu"), torch.float32, False, None)
+    assert net.example_input_array is None
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"), [("to_onnx", "torch.onnx"), ("to_torchscript", "torch.export"), ("to_tensorrt", "tensorrt")]
+)
+def test_exports_name_what_to_call(method: str, instead: str) -> None:
+    with pytest.raises(MisconfigurationException, match=instead):
+        getattr(Net(), method)("file")
