@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def example(step: int = 1) -> dict[str, Any]:
         "callbacks": {"a": {"best": None, "scores": [1.5, float("inf")], "name": "ü"}},
         "milepost": {"seed": 2**62, "flag": True, "bytes": b"\x00\xff"},
     }
+
+
+class Foreign:
+    """Something that is no data: a plugin that cannot store it is to say so in `check`."""
 
 
 class CheckpointIOTests(ABC):
@@ -117,6 +122,65 @@ class CheckpointIOTests(ABC):
         with pytest.raises(Exception):  # noqa: B017  # any error will do, silence will not
             io_calls.save(io, example(), path).result()
 
+    def test_a_failed_save_is_told_of_once(self, tmp_path: Path) -> None:
+        blocked = tmp_path / "blocked"
+        blocked.write_text("a file where a directory must be")
+        io, path = self.make_io(), self.make_path(blocked, "a")
+        if blocked.name not in path:
+            pytest.skip("paths of this plugin are not files")
+        pending = None
+        with pytest.raises(Exception):  # noqa: B017
+            pending = io_calls.save(io, example(), path)
+            pending.result()
+        if pending is not None:
+            assert pending.done()
+            pending.result()
+        io_calls.wait(io)
+        io_calls.teardown(io)
+
+    def test_a_save_that_fails_midway_leaves_what_was_there(self, tmp_path: Path) -> None:
+        io, path = self._saved(tmp_path)
+        try:
+            io_calls.save(io, {**example(2), "lock": threading.Lock()}, path).result()
+        except Exception:
+            assert_same(io_calls.load(io, path), example())
+            return
+        pytest.skip("the plugin stores even a lock")
+
+    def test_a_load_sees_what_was_asked_to_be_saved_before(self, tmp_path: Path) -> None:
+        io, path = self._saved(tmp_path)
+        io_calls.save(io, example(2), path)
+        assert_same(io_calls.load(io, path), example(2))
+        io_calls.teardown(io)
+
+    def test_a_removal_comes_after_what_was_asked_to_be_saved_before(self, tmp_path: Path) -> None:
+        io, path = self.make_io(), self.make_path(tmp_path, "a")
+        pending = io_calls.save(io, example(), path)
+        io_calls.remove(io, path)
+        pending.result()
+        io_calls.teardown(io)
+        with pytest.raises((OSError, ValueError, KeyError)):
+            io_calls.load(self.make_io(), path)
+
+    def test_a_handle_that_gave_its_result_is_done(self, tmp_path: Path) -> None:
+        pending = io_calls.save(self.make_io(), example(), self.make_path(tmp_path, "a"))
+        pending.result()
+        assert pending.done() is True
+
+    def test_after_wait_everything_is_there(self, tmp_path: Path) -> None:
+        io, path = self.make_io(), self.make_path(tmp_path, "a")
+        self._needs(io, "wait")
+        io_calls.save(io, example(), path)
+        io_calls.wait(io)
+        assert_same(io_calls.load(self.make_io(), path), example())
+        io_calls.teardown(io)
+
+    def test_after_teardown_everything_is_there(self, tmp_path: Path) -> None:
+        io, path = self.make_io(), self.make_path(tmp_path, "a")
+        io_calls.save(io, example(), path)
+        io_calls.teardown(io)
+        assert_same(io_calls.load(self.make_io(), path), example())
+
     def test_another_run_follows_teardown(self, tmp_path: Path) -> None:
         io, path = self._saved(tmp_path)
         io_calls.teardown(io)
@@ -129,12 +193,45 @@ class CheckpointIOTests(ABC):
         self._needs(io, "exists")
         assert io_calls.exists(io, path) is True
         assert io_calls.exists(io, self.make_path(tmp_path, "missing")) is False
+        io_calls.remove(io, path)
+        assert io_calls.exists(io, path) is False
 
     def test_list(self, tmp_path: Path) -> None:
         io, path = self._saved(tmp_path)
         self._needs(io, "list")
         assert io_calls.list_checkpoints(io, Path(path).parent) == [path]
         assert io_calls.list_checkpoints(io, tmp_path / "nowhere") == []
+        second = self.make_path(tmp_path, "b")
+        io_calls.save(io, example(2), second).result()
+        assert sorted(io_calls.list_checkpoints(io, Path(path).parent) or []) == sorted([path, second])
+        io_calls.remove(io, path)
+        assert io_calls.list_checkpoints(io, Path(path).parent) == [second]
+
+    def test_probe_leaves_nothing(self, tmp_path: Path) -> None:
+        io = self.make_io()
+        self._needs(io, "probe")
+        free = io_calls.probe(io, tmp_path / "not" / "there")
+        assert free is None or free > 0
+        assert list(tmp_path.iterdir()) == []
+
+    def test_check_passes_what_a_trainer_saves_and_changes_nothing(self) -> None:
+        io, given = self.make_io(), example()
+        self._needs(io, "check")
+        before = torch.get_rng_state()
+        io_calls.check(io, given)
+        assert_same(given, example())
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_what_check_passes_comes_back(self, tmp_path: Path) -> None:
+        io, path = self.make_io(), self.make_path(tmp_path, "a")
+        self._needs(io, "check")
+        given = {**example(), "foreign": Foreign()}
+        try:
+            io_calls.check(io, given)
+        except Exception:  # it says that it cannot store it: that is what the check is for
+            return
+        io_calls.save(io, given, path).result()
+        assert isinstance(io_calls.load(io, path)["foreign"], Foreign)
 
     def test_link(self, tmp_path: Path) -> None:
         io, path = self._saved(tmp_path)
@@ -145,14 +242,20 @@ class CheckpointIOTests(ABC):
         io_calls.remove(io, path)
         assert_same(io_calls.load(io, second), example())
 
-    def test_verify_finds_a_flipped_bit(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "damage", ["bit 0", "bit 0.2", "bit 0.5", "bit 0.8", "bit 1", "cut 0.5", "cut 0.999", "more"]
+    )
+    def test_verify_finds_damage(self, tmp_path: Path, damage: str) -> None:
         io, path = self._saved(tmp_path)
         self._needs(io, "verify")
         if io_calls.verify(io, path) == "cannot" or not Path(path).is_file():
             pytest.skip("the plugin cannot verify, or its checkpoints are not single files")
         content = bytearray(Path(path).read_bytes())
-        content[len(content) // 2] ^= 1
-        Path(path).write_bytes(content)
+        what, _, where = damage.partition(" ")
+        position = int(float(where or 1) * (len(content) - 1))
+        if what == "bit":
+            content[position] ^= 1
+        Path(path).write_bytes({"bit": content, "cut": content[:position], "more": content + b"x"}[what])
         with pytest.raises(Exception):  # noqa: B017  # any error will do, silence will not
             io_calls.verify(io, path)
 

@@ -19,8 +19,9 @@ class CheckpointIO(ABC):
     Three methods are needed. Beyond them a plugin may offer, each on its own: ``exists(path) -> bool``,
     ``list(directory) -> list[str]``, ``verify(path)`` (raises when the stored bytes are damaged),
     ``link(source, target)`` (a second name for a checkpoint, without writing it again), ``check(checkpoint)`` (raises
-    when it could not be stored as data; called before the first step), ``wait()``, and a `save_checkpoint` that returns
-    a handle with ``done()`` and ``result()`` because it writes in the background.
+    when it could not be stored as data; called before the first step), ``probe(directory)`` (the bytes free there;
+    raises where nothing can be written), ``wait()``, and a `save_checkpoint` that returns a handle with ``done()`` and
+    ``result()`` because it writes in the background.
     """
 
     @abstractmethod
