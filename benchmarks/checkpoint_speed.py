@@ -1,6 +1,6 @@
 """Speed of saving and loading, beside the limits of the machine and the peers, in the same run.
 
-    python benchmarks/checkpoint_speed.py [durable|blocking|load|one|small|reuse|memory|lazy ...] [--pairs 15] [--out FILE]
+    python benchmarks/checkpoint_speed.py [durable|blocking|load|one|small|reuse|memory ...] [--pairs 15] [--out FILE]
 
 Every figure is a ratio of two measurements made next to each other, so that what else the machine does hits both; the
 median over all pairs stands with the spread. The state is that of GPT-2 small with AdamW's moments, 1.5 GB. Limits: a
@@ -153,16 +153,16 @@ class Limits:
 
     def read(self, path: Path, threads: int, direct: bool = True) -> float:
         """Read the files at `path` into buffers: the fastest of several ways is the limit of a load."""
-        files = [p for p in path.rglob("*.safetensors")] if path.is_dir() else [path]
+        files = list(path.rglob("*.safetensors")) if path.is_dir() else [path]
 
         def work() -> None:
             for file in files:
                 descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-                self._parallel(
-                    threads,
-                    lambda at, buffer: os.preadv(descriptor, [buffer], at),
-                    range(0, file.stat().st_size, CHUNK),
-                )
+
+                def one(at: int, buffer: mmap.mmap, descriptor: int = descriptor) -> None:
+                    os.preadv(descriptor, [buffer], at)
+
+                self._parallel(threads, one, range(0, file.stat().st_size, CHUNK))
                 os.close(descriptor)
 
         return seconds(work)
@@ -307,12 +307,11 @@ def blocking(bench: Bench) -> None:
     bench.row("blocking", "SnapshotCheckpointIO, eager", ratios, "warm memcpy", "≤ 1.30")
     io.teardown()
     remove(bench.folder / "ours")
-    theirs, ratios = Theirs(), []
+    ratios = []
     for _ in range(max(bench.pairs // 5, 2)):
-        path = bench.fresh("peer")
-        ratios.append(seconds(lambda path=path: theirs.save_checkpoint(state, path)) / limits.copy())
+        theirs, path = Theirs(), bench.fresh("peer")
+        ratios.append(seconds(lambda theirs=theirs, path=path: theirs.save_checkpoint(state, path)) / limits.copy())
         theirs.teardown()
-        theirs = Theirs()
     bench.row("blocking", "Lightning AsyncCheckpointIO", ratios, "warm memcpy")
     remove(bench.folder / "peer")
 
@@ -471,9 +470,8 @@ def _memory(what: str, folder: Path) -> None:
     state = gpt2()
     engine = DirectoryEngine(threads=THREADS)
     path = folder / "memory"
-    if what == "restore":
-        if not path.exists():
-            engine.save(path, state, background=False)
+    if what == "restore" and not path.exists():
+        engine.save(path, state, background=False)
     before = peak()
     if what == "restore":
         with engine.open(path) as stored:

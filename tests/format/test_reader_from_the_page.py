@@ -42,6 +42,10 @@ def read(directory: Path) -> Any:
         tag, inner = node["$"], node["v"]
         if tag == "tensor":
             return tensor(*inner)
+        if tag == "tensors":
+            _, names, blob, rows = inner
+            numbers = blob if isinstance(blob, list) else [blob] * len(names)
+            return {name: tensor(b, row) for name, b, row in zip(names, numbers, rows, strict=True)}
         if tag == "tuple":
             return tuple(value(item) for item in inner)
         if tag in ("dict", "ordered"):

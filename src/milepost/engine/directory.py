@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, remove_checkpoint, sweep
 from milepost.engine.planner import Earlier, plan_groups
 from milepost.engine.reader import StoredCheckpoint
@@ -102,8 +103,9 @@ class DirectoryEngine:
         """
         self.raise_failed()
         target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
-        flattened = Flattened(state, pickled)
-        plans = plan_groups(flattened.leaves)
+        with collector_paused():
+            flattened = Flattened(state, pickled)
+            plans = plan_groups(flattened.leaves)
         save = DirectorySave(target, step)
         if not background:
             self._drain()
@@ -204,7 +206,7 @@ class DirectoryEngine:
         Raises:
             CheckpointError: nothing is there, it is damaged, or it holds a pickled value and `unpickle` is False.
         """
-        with self.open(path) as stored:
+        with self.open(path) as stored, collector_paused():
             tensors = self.read_tensors(stored, references(stored.tree))
             state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__, unpickle)
             return state
@@ -220,11 +222,12 @@ class DirectoryEngine:
         found: dict[TensorRef, torch.Tensor] = {}
         per_blob: dict[int, list[Destination]] = {}
         restride: list[tuple[TensorRef, tuple[int, ...]]] = []
+        indexes = [stored.index(number) for number in range(len(stored.head.blobs))]
+        entries = [index.entries() for index in indexes]
         for ref in wanted:
-            if ref.blob >= len(stored.head.blobs) or ref.row >= len(stored.index(ref.blob).names):
+            if ref.blob >= len(entries) or ref.row >= len(entries[ref.blob]):
                 raise CheckpointFormatError(f"{stored.path}: the tree refers to {ref}, which is not there.")
-            index = stored.index(ref.blob)
-            entry = index.entry(ref.row)
+            index, entry = indexes[ref.blob], entries[ref.blob][ref.row]
             tensor = None if into is None else into.get(ref)
             if tensor is None:
                 dtype, shape = stored_type(index, ref.row)

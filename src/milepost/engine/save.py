@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from milepost.engine import planner
+from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory
 from milepost.engine.planner import Earlier
 from milepost.engine.requests import CHUNK_BYTES, BlobPlan, Image
@@ -171,7 +172,8 @@ class Saving:
         blobs = []
         for part in parts:
             old = linked.get(part.name)
-            index = old.index if old is not None else planner.index_of(part.plan, digests[part.name])
+            with collector_paused():
+                index = old.index if old is not None else planner.index_of(part.plan, digests[part.name])
             name = f"{part.name.removesuffix('.safetensors')}.index.json"
             known = None if old is None else (str(Path(old.path).parent), old.blob.index)
             stored = self._small(pending, name, manifest.encode_index(index), known)
@@ -190,12 +192,8 @@ class Saving:
         last: Committed | None,
         world_size: int,
     ) -> Head:
-        places: dict[tuple[str, str], tuple[int, int]] = {}
-        for number, earlier in enumerate(blobs):  # a delta comes after its base, and takes the names it holds
-            for row, name in enumerate(earlier.index.names):
-                places[earlier.blob.group, name] = (number, row)
-        stored_as = {leaf.number: (plan.group, leaf.name) for plan in self._plans for leaf in plan.leaves}
-        tree = codec.encode(self._flattened.tree(lambda number: places[stored_as[number]]))
+        with collector_paused():
+            tree = codec.encode(self._flattened.tree(self._places(blobs).__getitem__))
         known = {} if last is None else {old.name: (last.path, old) for old in (last.head.tree, *last.head.maps)}
         head = Head(
             format=manifest.FORMAT,
@@ -210,6 +208,14 @@ class Saving:
         )
         self._write(pending.file(manifest.HEAD_NAME), manifest.encode_head(head))
         return head
+
+    def _places(self, blobs: list[Earlier]) -> dict[int, tuple[int, int]]:
+        """Blob and row of each leaf. A delta comes after its base, and takes the names it holds."""
+        by_name: dict[tuple[str, str], tuple[int, int]] = {}
+        for number, earlier in enumerate(blobs):
+            group = earlier.blob.group
+            by_name.update({(group, name): (number, row) for row, name in enumerate(earlier.index.names)})
+        return {leaf.number: by_name[plan.group, leaf.name] for plan in self._plans for leaf in plan.leaves}
 
     def _small(self, pending: PendingDirectory, name: str, data: bytes, known: tuple[str, Stored] | None) -> Stored:
         """Write a small file, or link the one that is `known` (directory, file) where it says the same."""

@@ -82,8 +82,9 @@ class Flattened:
         return Tagged(self._walk(encoded, group, path, depth + 1))
 
     def _leaf(self, tensor: torch.Tensor, group: str, path: str) -> int:
-        tensor = tensor.detach()
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UnencodableValueError(
                 f"The tensor at {group}.{path} is {'on the meta device' if tensor.is_meta else tensor.layout}, which"
                 " cannot be stored. Give it memory, or store its dense parts.",
@@ -91,12 +92,12 @@ class Flattened:
             )
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() and (number := self._seen.get(key)) is not None:
-            return number
-        self._seen[key] = len(self.leaves)
-        self._keep.append(tensor)
         number = len(self.leaves)
+        if address := tensor.data_ptr():  # 0: no elements
+            found = self._seen.setdefault((address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device), number)
+            if found != number:
+                return found
+        self._keep.append(tensor)
         self.leaves.append(self._described(number, tensor, group, self._unique(group, path)))
         return number
 
@@ -231,10 +232,10 @@ def stored_type(index: Index, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
     Raises:
         CheckpointFormatError: an unknown type, or one whose size does not fit the stored bytes.
     """
-    entry = index.entry(row)
-    other = index.stored_as.get(str(row))
+    other = index.stored_as.get(str(row)) if index.stored_as else None
     if other is None:
-        return _TORCH_TYPES[entry.dtype], entry.shape
+        return _TORCH_TYPES[index.dtypes[row]], tuple(index.shapes[row])
+    entry = index.entry(row)
     kind, shape = _OTHERS.get(other[0]), tuple(other[1])
     if (
         kind is None

@@ -11,7 +11,7 @@ import json
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from milepost.errors import CheckpointFormatError
 
@@ -21,8 +21,7 @@ _BRACKET = re.compile(rb"[\[\]{}]")
 _SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """A leaf: the tensor in row `row` of the blob number `blob`."""
 
     blob: int
@@ -65,6 +64,8 @@ def _to_json(value: Any) -> Any:
         return value if value - value == 0 else {"$": "float", "v": repr(value)}
     if kind is list:
         return [_to_json(v) for v in value]
+    if kind in (dict, OrderedDict) and len(value) > 1 and all(map(_is_named_tensor, value.items())):
+        return _columns(value)
     if kind is dict:
         if all(type(k) is str for k in value) and "$" not in value:
             return {k: _to_json(v) for k, v in value.items()}
@@ -80,6 +81,29 @@ def _to_json(value: Any) -> Any:
     if kind is Tagged:
         return {"$": "value", "v": _to_json(value.data)}
     raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not plain data")
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return type(item[1]) is TensorRef and type(item[0]) is str
+
+
+def _columns(tensors: dict[str, TensorRef]) -> Any:
+    """A dict of tensors, as state dicts are, by columns: a node for each would cost more than the tensors' bytes."""
+    refs = tensors.values()
+    blobs = [ref.blob for ref in refs]
+    shared = blobs[0] if len(set(blobs)) == 1 else blobs
+    kind = "dict" if type(tensors) is dict else "ordered"
+    return {"$": "tensors", "v": [kind, list(tensors), shared, [ref.row for ref in refs]]}
+
+
+def _from_columns(data: Any) -> dict[str, TensorRef]:
+    kind, names, blobs, rows = data
+    blobs = blobs if isinstance(blobs, list) else [blobs] * len(names)
+    if any(type(name) is not str for name in names) or len(set(names)) != len(names):
+        raise ValueError("names that are no text, or one twice")
+    if any(type(number) is not int or number < 0 for number in (*blobs, *rows)):
+        raise ValueError("numbers of tensors that are none")
+    return {"dict": dict, "ordered": OrderedDict}[kind](zip(names, map(TensorRef, blobs, rows), strict=True))
 
 
 def _from_json(value: Any, path: str, depth: int) -> Any:
@@ -106,6 +130,8 @@ def _from_json(value: Any, path: str, depth: int) -> Any:
         return base64.b64decode(inner, validate=True)
     if tag == "tensor":
         return _reference(inner)
+    if tag == "tensors":
+        return _from_columns(inner)
     if tag == "value":
         return Tagged(_from_json(inner, path, depth + 1))
     raise CheckpointFormatError(f"{path} holds the unknown tag {tag!r}.")

@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 PIECE_BYTES = 1 << 20
 HEADER_ALIGN_BYTES = 64
@@ -21,30 +23,27 @@ ITEM_BYTES = {
 """Size of one element for each type name that safetensors has and this format uses."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor in a blob.
+class TensorEntry(NamedTuple):
+    """One tensor in a blob. (A named tuple: there may be a million of them.)
 
     Attributes:
         name: unique in its blob.
         dtype: a key of `ITEM_BYTES`.
         shape: as stored; elements lie in C order.
         start: where its first byte lies in the file.
+        stop: where its last byte has been.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
+    stop: int
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.size
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +62,24 @@ def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> BlobLayout:
     narrower ones. The sort is stable.
     """
     order = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor[1]])
-    offset = 0
-    fields: list[str] = []
-    relative: list[int] = []
-    for name, dtype, shape in order:
-        stop = offset + ITEM_BYTES[dtype] * math.prod(shape)
-        dims = ",".join(map(str, shape))
-        fields.append(f'{json.dumps(name)}:{{"dtype":"{dtype}","shape":[{dims}],"data_offsets":[{offset},{stop}]}}')
-        relative.append(offset)
-        offset = stop
+    sizes = [ITEM_BYTES[dtype] * math.prod(shape) for _, dtype, shape in order]
+    stops = list(accumulate(sizes))
+    fields = [
+        f'{_quoted(name)}:{{"dtype":"{dtype}","shape":{list(shape)},"data_offsets":[{stop - size},{stop}]}}'
+        for (name, dtype, shape), size, stop in zip(order, sizes, stops, strict=True)
+    ]
     text = ("{" + ",".join(fields) + "}").encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGN_BYTES)
     header = len(text).to_bytes(8, "little") + text
     base = len(header)
     entries = tuple(
-        TensorEntry(name, dtype, shape, base + start)
-        for (name, dtype, shape), start in zip(order, relative, strict=True)
+        TensorEntry(name, dtype, shape, base + stop - size, base + stop)
+        for (name, dtype, shape), size, stop in zip(order, sizes, stops, strict=True)
     )
-    return BlobLayout(header, entries, base + offset)
+    return BlobLayout(header, entries, entries[-1].stop if entries else base)
+
+
+_quoted = json.encoder.encode_basestring_ascii
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:

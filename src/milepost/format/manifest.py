@@ -6,6 +6,7 @@ themselves before memory is asked for, so that a hostile head cannot make a read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +93,13 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digests: str
 
     def entry(self, row: int) -> TensorEntry:
-        return TensorEntry(self.names[row], self.dtypes[row], tuple(self.shapes[row]), self.starts[row])
+        shape, start = tuple(self.shapes[row]), self.starts[row]
+        stop = start + ITEM_BYTES[self.dtypes[row]] * math.prod(shape)
+        return TensorEntry(self.names[row], self.dtypes[row], shape, start, stop)
+
+    def entries(self) -> list[TensorEntry]:
+        """All rows."""
+        return [self.entry(row) for row in range(len(self.names))]
 
     def digest(self, piece: int) -> str:
         return self.digests[32 * piece : 32 * piece + 32]
