@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from milepost import DataModule, Module, Trainer
-from milepost.errors import MisconfigurationException
 
 POINTS = TensorDataset(torch.arange(12.0).reshape(6, 2))
 
@@ -80,5 +79,3 @@ def test_from_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "a.ckpt").result()
     again = Sized.load_from_checkpoint(tmp_path / "a.ckpt", name="other")
     assert (again.counted, again.hparams) == (5, {"batch_size": 3, "name": "other"})
-    with pytest.raises(MisconfigurationException, match=r"h\.yaml"):
-        Sized.load_from_checkpoint(tmp_path / "a.ckpt", hparams_file="h.yaml")

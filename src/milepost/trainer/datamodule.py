@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from milepost.core.hooks import CheckpointHooks, DataHooks
-from milepost.errors import MisconfigurationException
-from milepost.trainer.hparams import Hyperparameters, instantiate
+from milepost.data.rng import isolated_rng
+from milepost.trainer.hparams import Hyperparameters
+from milepost.trainer.rebuild import instantiate, on_the_class_only, read_hparams
 from milepost.trainer.state import read_checkpoint
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class DataModule(DataHooks, CheckpointHooks, Hyperparameters):
     def on_exception(self, exception: BaseException) -> None:
         """Called when the run is interrupted by `exception`, after the callbacks. `teardown` is not called then."""
 
-    @classmethod
+    @on_the_class_only
     def load_from_checkpoint(
         cls,
         checkpoint_path: str | Path | IO[bytes],
@@ -82,22 +83,17 @@ class DataModule(DataHooks, CheckpointHooks, Hyperparameters):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build the data module from the hyper-parameters and state in a checkpoint; the caller's RNG is left alone."""
-        if hparams_file is not None:
-            raise MisconfigurationException(
-                f"hparams_file={hparams_file!r}: hyper-parameters are read from the checkpoint. Pass others as keyword "
-                "arguments."
-            )
+        """Build the data module from the hyper-parameters and state in a checkpoint; the caller's RNG is left alone.
+
+        The arguments and errors are those of `Module.load_from_checkpoint`.
+        """
         checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
-        data = instantiate(
-            cls,
-            checkpoint.get("datamodule_hyper_parameters", {}),
-            kwargs,
-            name=checkpoint.get("datamodule_hparams_name") or "kwargs",
-        )
-        state = checkpoint.get(cls.__qualname__)
-        if state:
-            data.load_state_dict(state)
+        if hparams_file is not None:
+            checkpoint["datamodule_hyper_parameters"] = read_hparams(hparams_file)
+        with isolated_rng():
+            data = instantiate(cls, checkpoint, kwargs, prefix="datamodule_")
+            if state := checkpoint.get(cls.__qualname__):
+                data.load_state_dict(state)
         return data
 
 

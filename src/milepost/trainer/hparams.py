@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException
-
-T = TypeVar("T")
 
 
 class AttributeDict(dict[str, Any]):
@@ -29,13 +28,24 @@ class AttributeDict(dict[str, Any]):
     def __setattr__(self, key: str, value: Any) -> None:
         self[key] = value
 
+    def __delattr__(self, key: str) -> None:
+        if key not in self:
+            raise AttributeError(f"no hyper-parameter {key!r}; there are: {sorted(self)}")
+        del self[key]
+
+    def __repr__(self) -> str:
+        """One line for each, in order of the names."""
+        width = max((len(str(key)) for key in self), default=0) + 3
+        names = {key: f'"{key}":' for key in sorted(self)}
+        return "\n".join(f"{name:<{width}} {self[key]}" for key, name in names.items())
+
 
 class Hyperparameters:
     """Gives a Module or a DataModule ``save_hyperparameters`` and ``hparams``."""
 
     _hparams: AttributeDict
     _hparams_initial: AttributeDict
-    _hparams_name: str
+    _hparams_name: str | None
     _log_hyperparams: bool = False
 
     def save_hyperparameters(
@@ -49,31 +59,25 @@ class Hyperparameters:
 
         Args:
             args: names of constructor arguments to keep (none: all), or one mapping or namespace of hyper-parameters.
-            ignore: names to leave out, such as a module that was passed in.
+                The arguments are those of every ``__init__`` of this object that is running, subclasses' before
+                their bases'; of a dataclass its fields. A later call adds to what earlier ones kept.
+            ignore: names to leave out, such as a module that was passed in; also of what was kept before.
             frame: the frame to read the arguments from; the caller's by default.
             logger: whether the loggers are told of them.
 
         Raises:
-            MisconfigurationException: a name in `args` is no argument of the constructor.
+            MisconfigurationException: a name in `args` is no argument of the constructor, or what stands in the place
+                of the mapping is none.
         """
         caller = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        if len(args) == 1 and not isinstance(args[0], str):
-            chosen, name = _as_mapping(args[0]), _argument_name(caller, args[0])
-        else:
-            available = _constructor_arguments(caller, type(self))
-            unknown = [a for a in args if a not in available]
-            if unknown:
-                raise MisconfigurationException(
-                    f"save_hyperparameters({unknown[0]!r}): {type(self).__name__}.__init__ has no such argument. "
-                    f"Its arguments are {sorted(available)}."
-                )
-            chosen = {k: available[k] for k in args} if args else available
-            name = "kwargs"
-        merged = {k: v for k, v in chosen.items() if k not in ignored}
-        self._hparams = AttributeDict({**getattr(self, "_hparams", {}), **merged})
+        available = {k: v for k, v in _constructor_arguments(caller, self).items() if k not in ignored}
+        chosen, name = _chosen(args, available, type(self).__name__)
+        merged = {**getattr(self, "_hparams", {}), **chosen}
+        self._hparams = AttributeDict({k: v for k, v in merged.items() if k not in ignored})
         self._hparams_name = name
         self._log_hyperparams = logger
+        _warn_of_modules(self._hparams)
         self._hparams_initial = AttributeDict({k: _copied(v) for k, v in self._hparams.items()})
 
     @property
@@ -86,11 +90,47 @@ class Hyperparameters:
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyper-parameters as they were when they were saved."""
-        return AttributeDict(getattr(self, "_hparams_initial", {}))
+        return AttributeDict({k: _copied(v) for k, v in getattr(self, "_hparams_initial", {}).items()})
+
+
+def storable(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that go into a checkpoint: a module's weights are there already, and its code is no data."""
+    return {key: value for key, value in hparams.items() if not isinstance(value, torch.nn.Module)}
 
 
 def _copied(value: Any) -> Any:
     return value if isinstance(value, torch.nn.Module) else copy.deepcopy(value)
+
+
+def _warn_of_modules(hparams: Mapping[str, Any]) -> None:
+    for key, value in hparams.items():
+        if isinstance(value, torch.nn.Module):
+            warnings.warn(
+                f"The hyper-parameter {key!r} is a torch module. It is left out of checkpoints, where its weights are"
+                f" already: give it to load_from_checkpoint({key}=...). To be without this warning, call"
+                f" self.save_hyperparameters(ignore=[{key!r}]).",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _chosen(args: tuple[Any, ...], available: dict[str, Any], owner: str) -> tuple[dict[str, Any], str | None]:
+    """What to keep, and the name of the argument that it came in as; ``"kwargs"`` where each came in as its own."""
+    whole = [arg for arg in args if not isinstance(arg, str)]
+    if len(whole) > 1:
+        raise MisconfigurationException(
+            f"save_hyperparameters takes argument names, or one mapping or Namespace; got {len(whole)} of these."
+        )
+    if whole:
+        return _as_mapping(whole[0]), _argument_name(available, whole[0])
+    if unknown := [a for a in args if a not in available]:
+        raise MisconfigurationException(
+            f"save_hyperparameters({unknown[0]!r}): {owner}.__init__ has no such argument. "
+            f"Its arguments are {sorted(available)}."
+        )
+    if args:
+        return {k: available[k] for k in args}, "kwargs"
+    return available, "kwargs" if available else None
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
@@ -99,58 +139,34 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, Namespace):
         return vars(value).copy()
     raise MisconfigurationException(
-        f"save_hyperparameters takes argument names, a mapping or a Namespace; got {type(value).__name__}."
+        f"save_hyperparameters takes argument names, a mapping or a Namespace; got {type(value).__name__}. Pass"
+        " dataclasses.asdict(...) of a dataclass, or name the argument."
     )
 
 
-def _argument_name(frame: Any, value: Any) -> str:
-    extra = inspect.getargvalues(frame).keywords  # cannot be passed back under its own name
-    for name, local in frame.f_locals.items():
-        if local is value and name != extra:
-            return str(name)
-    return "kwargs"
+def _argument_name(available: Mapping[str, Any], value: Any) -> str | None:
+    """The argument that `value` is, or else one that equals it: a copy can be given back in its place."""
+    same = [name for name, given in available.items() if given is value]
+    return next(iter([*same, *(name for name, given in available.items() if _equal(given, value))]), None)
 
 
-def _constructor_arguments(frame: Any, cls: type) -> dict[str, Any]:
-    """Arguments of the running ``__init__`` and of every subclass's ``__init__`` above it on the stack."""
+def _equal(left: Any, right: Any) -> bool:
+    try:
+        return type(left) is type(right) and bool(left == right)
+    except (RuntimeError, ValueError):  # tensors or arrays inside: they compare element by element
+        return False
+
+
+def _constructor_arguments(frame: types.FrameType | None, owner: object) -> dict[str, Any]:
+    """Arguments of each ``__init__`` of `owner` that is running above `frame`; those of subclasses go first."""
+    if dataclasses.is_dataclass(owner):
+        return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
     collected: dict[str, Any] = {}
-    while (
-        frame is not None
-        and frame.f_code.co_name == "__init__"
-        and isinstance(frame.f_locals.get(_self_name(frame)), cls)
-    ):
-        info = inspect.getargvalues(frame)
-        found = {name: info.locals[name] for name in info.args[1:] if name in info.locals}
-        if info.keywords and info.keywords in info.locals:
-            found.update(info.locals[info.keywords])
-        collected.update(found)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__" and frame.f_code.co_argcount:
+            info = inspect.getargvalues(frame)
+            if info.locals.get(info.args[0]) is owner:
+                collected.update({name: info.locals[name] for name in info.args[1:] if name in info.locals})
+                collected.update(info.locals.get(info.keywords or "", {}))
         frame = frame.f_back
-    collected.pop("__class__", None)
     return collected
-
-
-def _self_name(frame: types.FrameType) -> str:
-    return frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
-
-
-def instantiate(cls: type[T], saved: Mapping[str, Any], overrides: Mapping[str, Any], *, name: str) -> T:
-    """Build `cls` from hyper-parameters saved in a checkpoint. The caller's RNG is left alone."""
-    values: dict[str, Any] = {**saved, **overrides}
-    parameters = inspect.signature(cls.__init__).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if name != "kwargs" and name in parameters:
-        arguments = {name: AttributeDict(values), **{k: v for k, v in overrides.items() if k in parameters}}
-    else:
-        arguments = {k: v for k, v in values.items() if takes_any or k in parameters}
-    missing = [
-        p.name
-        for p in list(parameters.values())[1:]
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
-    ]
-    if missing:
-        raise TypeError(
-            f"{cls.__name__} needs {missing}, which the checkpoint does not hold. Pass them as keyword arguments, "
-            "or call self.save_hyperparameters() in __init__ before training."
-        )
-    with isolated_rng():
-        return cls(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from torchmetrics import MetricCollection
 
 from milepost import _distributed
 from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException, ResumeError
-from milepost.trainer.hparams import Hyperparameters, instantiate
+from milepost.trainer.hparams import Hyperparameters
 from milepost.trainer.metrics import LogOptions
+from milepost.trainer.rebuild import instantiate, on_the_class_only, read_hparams
 from milepost.trainer.state import read_checkpoint, without_compile_prefix
 from milepost.trainer.transfer import map_tensors, numbers_to_tensors
 
@@ -371,7 +374,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
-    @classmethod
+    @on_the_class_only
     def load_from_checkpoint(
         cls,
         checkpoint_path: str | Path | IO[bytes],
@@ -387,29 +390,36 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
 
         Args:
             checkpoint_path: a file written by Milepost or by Lightning.
-            map_location: where tensors go; the CPU by default.
+            map_location: where tensors go, and the module with them; the CPU by default.
+            hparams_file: hyper-parameters that take the place of the checkpoint's: ``.yaml`` or ``.csv``, as a logger
+                wrote it.
             strict: whether keys must match exactly; the module's ``strict_loading`` by default.
             weights_only: False loads pickled objects too, which runs code of the file: only for files that you trust.
-            kwargs: constructor arguments that override saved hyper-parameters.
+            kwargs: constructor arguments that override saved hyper-parameters. Saved ones that the constructor does
+                not take are dropped.
 
         Raises:
+            TypeError: it was called on an instance, or an argument is neither saved nor given.
+            MisconfigurationException: `strict` contradicts what the module has set.
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: the file is missing, damaged or
                 unsafe.
             ResumeError: keys of the checkpoint and of the module differ, and `strict` holds.
         """
-        if hparams_file is not None:
-            raise MisconfigurationException(
-                f"hparams_file={hparams_file!r}: hyper-parameters are read from the checkpoint. Pass others as keyword "
-                "arguments."
-            )
         checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
-        model = instantiate(
-            cls, checkpoint.get("hyper_parameters", {}), kwargs, name=checkpoint.get("hparams_name") or "kwargs"
-        )
-        model.configure_model()
-        model.on_load_checkpoint(checkpoint)
+        if hparams_file is not None:
+            checkpoint["hyper_parameters"] = read_hparams(hparams_file)
+        with isolated_rng():
+            model = instantiate(cls, checkpoint, kwargs)
+            if strict is not None and model._strict_loading not in (None, strict):
+                raise MisconfigurationException(
+                    f"strict={strict} was given to load_from_checkpoint, but the module has set strict_loading ="
+                    f" {model._strict_loading}. Leave one of them out."
+                )
+            model.configure_model()
+            model.on_load_checkpoint(checkpoint)
         load_weights(model, checkpoint, strict=model.strict_loading if strict is None else strict)
-        return model
+        tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
+        return model.to(next(tensors, torch.empty(0)).device)
 
 
 def _exported_by_torch(method: str, call: str) -> MisconfigurationException:
@@ -418,6 +428,8 @@ def _exported_by_torch(method: str, call: str) -> MisconfigurationException:
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: bool) -> None:
     """Load ``checkpoint["state_dict"]`` into `model`; keys that torch.compile prefixed are understood.
+
+    Without `strict`, keys that only one side has are left alone, with a warning.
 
     Raises:
         ResumeError: keys or shapes differ and `strict` holds.
@@ -428,12 +440,15 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: boo
     names = {without_compile_prefix({k: None}).copy().popitem()[0]: k for k in model.state_dict()}
     state = {names.get(k, k): v for k, v in state.items()}
     try:
-        model.load_state_dict(state, strict=strict)
+        unmatched = model.load_state_dict(state, strict=strict)
     except RuntimeError as error:
         raise ResumeError(
             f"The checkpoint does not fit {type(model).__name__}: {error}\nIf the difference is meant, pass"
             " strict=False to load_from_checkpoint, or set `strict_loading = False` on the module."
         ) from error
+    for keys, where in ((unmatched.missing_keys, "module"), (unmatched.unexpected_keys, "checkpoint")):
+        if keys:
+            warnings.warn(f"strict=False: only the {where} has {keys}; they are left alone.", UserWarning, stacklevel=3)
 
 
 def is_overridden(method: str, instance: object, base: type) -> bool:

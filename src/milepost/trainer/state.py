@@ -16,6 +16,7 @@ from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.torch_io import TorchCheckpointIO
 from milepost.trainer.buffers import changed_buffers, restore_buffers
+from milepost.trainer.hparams import storable
 from milepost.trainer.loading import Loading
 from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
@@ -102,8 +103,8 @@ def _beside_position(trainer: Trainer) -> dict[str, Any]:
 
 def _dump_hyper_parameters(checkpoint: dict[str, Any], owner: Any, prefix: str) -> None:
     if owner.hparams:
-        checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", "kwargs")
-        checkpoint[f"{prefix}hyper_parameters"] = dict(owner.hparams)
+        checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", None)
+        checkpoint[f"{prefix}hyper_parameters"] = storable(owner.hparams)
 
 
 # ---- restoring ---------------------------------------------------------------------------------------------------
