@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from milepost import Module
+from milepost import Module, Trainer
 from milepost.errors import MisconfigurationException
 
 
@@ -56,6 +56,14 @@ def test_freezing_and_where_it_is() -> None:
     assert net.training and all(p.requires_grad for p in net.parameters())
     assert (net.device, net.dtype, net.on_gpu, net.device_mesh) == (torch.device("cpu"), torch.float32, False, None)
     assert net.example_input_array is None
+
+
+def test_a_module_built_under_the_trainer_has_its_device_and_type() -> None:
+    trainer = Trainer(accelerator="cpu", precision="64-true", logger=False)
+    with trainer.init_module():
+        net = Net()
+    assert net.dtype == torch.float64 and net.device == trainer.strategy.root_device
+    assert trainer.validate_loop.stage == "validation" and trainer.val_check_batch == float("inf")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,32 @@ class TrainerSurface:
     @property
     def optimization(self) -> Any:
         return self.fit_loop.optimization
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Parameters of a module built inside are made on the run's device, in the precision's type.
+
+        `empty_init` is taken and without effect: weights are initialized.
+        """
+        with self.strategy.root_device, self.precision_plugin.init_context():
+            yield
+
+    @property
+    def validate_loop(self) -> EvaluationLoop:
+        return self.evaluation_loops["validation"]
+
+    @property
+    def test_loop(self) -> EvaluationLoop:
+        return self.evaluation_loops["test"]
+
+    @property
+    def predict_loop(self) -> EvaluationLoop:
+        return self.evaluation_loops["predict"]
+
+    @property
+    def val_check_batch(self) -> int | float:
+        """Training batches between two validations; infinite for one at the epoch's end."""
+        return self.fit_loop.val_check_batch
 
     @property
     def global_step(self) -> int:
