@@ -24,6 +24,9 @@ from milepost.data.rng import PrivateRng, seed_all
 _DRAW_AT_ONCE = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
+_TORCHDATA = "torchdata.stateful_dataloader.sampler"
+
+
 class SeededIndex:
     """An index on its way to a loader worker. Unpickling it there, right before the fetch, seeds that worker.
 
@@ -54,14 +57,20 @@ def replayed(sampler: Any, seed: int) -> Iterator[Any]:
         except StopIteration:
             return
         yield index
-        if _draws_at_once(sampler):  # torch's own: no need to swap random state for every batch
+        if draws_at_once(sampler):  # torch's own: no need to swap random state for every batch
             yield from iterator
             return
 
 
-def _draws_at_once(sampler: Any) -> bool:
-    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
-    return type(inner) in _DRAW_AT_ONCE or type(inner).__name__ == "_InfiniteConstantSampler"
+def draws_at_once(sampler: Any) -> bool:
+    """Whether `sampler` is known to draw nothing from the process's generators after its first index."""
+    batching = type(sampler) is BatchSampler or type(sampler).__module__ == _TORCHDATA
+    inner = getattr(sampler, "sampler", sampler) if batching else sampler
+    return (
+        type(inner).__module__ == _TORCHDATA
+        or type(inner) in _DRAW_AT_ONCE
+        or type(inner).__name__ == "_InfiniteConstantSampler"
+    )
 
 
 def sampler_parts(loader: DataLoader[Any]) -> list[Any]:

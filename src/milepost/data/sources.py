@@ -46,6 +46,8 @@ class TrackedLoader:
     The user's loader is left alone: a shallow copy of the same class gets our indices in the place of its sampler.
     """
 
+    stateful = False  # it has no state of its own: what is saved is ours
+
     def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int, number: int) -> None:
         self.loader = loader
         self._parts = (seed, rank, number)
@@ -270,7 +272,7 @@ class PlainSource:
         self._state: Any = None
         self._pending_state: dict[str, Any] | None = None
         self._iterator: Iterator[Any] = iter(())
-        self._stateful = is_stateful(iterable)
+        self.stateful = is_stateful(iterable)
         self.limit: int | float = math.inf
         self._drawn = 0
 
@@ -312,7 +314,7 @@ class PlainSource:
         with self._seeded(self._drawn):
             batch = next(self._iterator)
         self._drawn += 1
-        return batch, copy.deepcopy(self.iterable_object.state_dict()) if self._stateful else None
+        return batch, copy.deepcopy(self.iterable_object.state_dict()) if self.stateful else None
 
     def delivered(self, state: Any) -> None:
         """The batch that `draw` returned with `state` has been handed out."""
@@ -329,11 +331,11 @@ class PlainSource:
 
     def resting_state(self) -> Any:
         """The iterable's own state now, or None."""
-        return copy.deepcopy(self.iterable_object.state_dict()) if self._stateful else None
+        return copy.deepcopy(self.iterable_object.state_dict()) if self.stateful else None
 
     def load_resting_state(self, state: Any) -> None:
         """Put back what `resting_state` returned."""
-        if self._stateful:
+        if self.stateful:
             self.iterable_object.load_state_dict(copy.deepcopy(state))
 
     def length(self) -> int | float:

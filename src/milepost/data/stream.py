@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
 from milepost.data.sources import PlainSource, TrackedLoader, length_of
+from milepost.data.stateful_loader import StatefulLoader
+from milepost.data.workers import is_stateful
 from milepost.errors import MisconfigurationException, ResumeError
 
 MODES = ("max_size_cycle", "min_size", "max_size", "sequential")
@@ -53,10 +55,7 @@ class BatchStream:
         self.mode = mode
         self._name = name
         self._sources: list[Any] = [
-            TrackedLoader(item, seed=seed, rank=rank, number=i)
-            if isinstance(item, DataLoader)
-            else PlainSource(item, seed=seed, rank=rank, number=i)
-            for i, item in enumerate(flat)
+            _source_class(item)(item, seed=seed, rank=rank, number=i) for i, item in enumerate(flat)
         ]
         lengths = [source.length() for source in self._sources]
         self._limits = [_limited(length, limits, name) for length in lengths]
@@ -83,8 +82,12 @@ class BatchStream:
         if loaded is not None:
             self.batches_seen = loaded["batches_seen"]
             self.is_last = bool(loaded.get("is_last", False))
+            if self.is_last and "resting" in loaded:  # nothing is left to be read
+                self.load_resting_state(loaded["resting"])
+                self._position = {key: value for key, value in loaded.items() if key not in ("is_last", "resting")}
+                return
             self._done = list(loaded.get("done", self._done))
-            states = loaded.get("loaders") or [{"batches_seen": self.batches_seen}] * len(self._sources)
+            states = loaded.get("loaders") or self._states_of_others(loaded.get("own_states"))
             self._refuse_others(states)
             for source, state in zip(self._sources, states, strict=True):
                 source.load_state_dict(state)
@@ -163,6 +166,8 @@ class BatchStream:
         """The position after the last batch that was handed out. Plain values and tensors."""
         state = dict(self._snapshot() if self._position is None else self._position)
         state["is_last"] = self.is_last
+        if self.is_last:
+            state["resting"] = self.resting_state()
         return state
 
     def _snapshot(self) -> dict[str, Any]:
@@ -186,6 +191,27 @@ class BatchStream:
         for source, state in zip(self._sources, states, strict=True):
             if state is not None:
                 source.load_resting_state(state)
+
+    def own_states(self, state: dict[str, Any]) -> list[Any]:
+        """What loaders with a state of their own said of the position `state`, as Lightning keeps it."""
+        own = [
+            part.get("state") for part, source in zip(state["loaders"], self._sources, strict=True) if source.stateful
+        ]
+        return [] if any(part is None for part in own) else own
+
+    def _states_of_others(self, own_states: list[Any] | None) -> list[Any]:
+        """Positions in a file of Lightning: a count of batches, and what stateful loaders say."""
+        states: list[dict[str, Any]] = [{"batches_seen": self.batches_seen} for _ in self._sources]
+        stateful = [state for state, source in zip(states, self._sources, strict=True) if source.stateful]
+        if own_states:
+            if len(own_states) != len(stateful):
+                raise ResumeError(
+                    f"The checkpoint holds the states of {len(own_states)} loaders that have one, but {self._name}"
+                    f" returned {len(stateful)} such loaders. Return the same loaders."
+                )
+            for state, own in zip(stateful, own_states, strict=True):
+                state["state"] = own
+        return states
 
     def _refuse_others(self, states: list[Any]) -> None:
         if len(states) != len(self._sources):
@@ -239,6 +265,12 @@ class CombinedLoader:
         if math.isinf(batches):
             raise TypeError("A loader of this CombinedLoader does not know its length.")
         return int(batches)
+
+
+def _source_class(item: Any) -> Any:
+    if not isinstance(item, DataLoader):
+        return PlainSource
+    return StatefulLoader if is_stateful(item) else TrackedLoader
 
 
 def _limited(length: int | float, limit: int | float | None, name: str) -> int | float:

@@ -62,10 +62,12 @@ class Standing:
                 if part.stream is not None and part.loading is not None
             },
         }
+        loops = loop.progress.state_dict()
         if (data := loop.data_position(phase)) is not None:
             exact["data"] = data
             exact["loaders"]["train"]["resting"] = None
-        return cls(trainer.current_epoch, loop.progress.state_dict(), exact)
+            _add_own_states(loops, loop.stream, data)
+        return cls(trainer.current_epoch, loops, exact)
 
     def with_callbacks(self, states: dict[str, Any]) -> Standing:
         """The same, with the callbacks' `states` of now."""
@@ -110,7 +112,9 @@ class BeforeBatch:
         if self.rng is not None and self.metrics is not None:
             exact["rng"] = self.rng.state_dict()
             exact["metrics"] = self.metrics.state_dict(trainer.lightning_module)
-        return Standing(now.epoch, progress.state_dict(), exact)
+        loops = progress.state_dict()
+        _add_own_states(loops, trainer.fit_loop.stream, self.position)
+        return Standing(now.epoch, loops, exact)
 
     def altered(self, trainer: Trainer) -> list[str]:
         """What the batch has changed by now that `standing` cannot undo."""
@@ -132,6 +136,12 @@ class BeforeBatch:
         if reached is Reached.STEP:
             found.append("weights and optimizer state")
         return found
+
+
+def _add_own_states(loops: dict[str, Any], stream: BatchStream | None, position: dict[str, Any]) -> None:
+    """States of loaders that have one, where Lightning keeps them."""
+    if stream is not None and (own := stream.own_states(position)):
+        loops["state_dict"] = {"combined_loader": own}
 
 
 def saves_on_exception(trainer: Trainer) -> bool:

@@ -170,11 +170,13 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         return
     trainer.metrics.recall(watched_values(checkpoint, trainer.ckpt_path or ""))
     if loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
-        loop.stream_state = {"batches_seen": loop.progress.batch.current.processed}
+        own_states = checkpoint["loops"]["fit_loop"].get("state_dict", {}).get("combined_loader")
+        loop.stream_state = {"batches_seen": loop.progress.batch.current.processed, "own_states": own_states}
         if not loop.progress.batch.is_last_batch:
+            lacks = "random state" if own_states else "random state nor the order of the data"
             trainer.warn_once(
-                "The checkpoint was written by Lightning in the middle of an epoch: it holds neither random state nor"
-                " the order of the data, so the rest of this epoch is not the one that Lightning would have trained on."
+                f"The checkpoint was written by Lightning in the middle of an epoch: it holds no {lacks}, so the rest"
+                " of this epoch is not the one that Lightning would have trained on."
             )
 
 
