@@ -11,6 +11,7 @@ import torch
 from milepost.engine import values
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 from milepost.format import sealed, torch_zip
+from milepost.plugins.io import foreign_pickle
 from milepost.plugins.io.checkpoint_io import CheckpointIO
 from milepost.storage import local
 
@@ -126,7 +127,8 @@ class TorchCheckpointIO(CheckpointIO):
 def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
     safe = weights_only is not False
     try:
-        loaded = torch.load(file, map_location=map_location or "cpu", weights_only=safe)
+        unpickler = None if safe else foreign_pickle
+        loaded = torch.load(file, map_location=map_location or "cpu", pickle_module=unpickler, weights_only=safe)
     except Exception as error:
         file.seek(0)
         if safe and (refused := torch_zip.refused_value(file)):
