@@ -405,6 +405,19 @@ class FitLoop:
     # ---- names that callbacks read ---------------------------------------------------------------------------------
 
     @property
+    def max_epochs(self) -> int | None:
+        """Settable between two fits, so that the second goes on from the first."""
+        return self.trainer.max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, value: int | None) -> None:
+        self.trainer.max_epochs = value
+
+    @property
+    def max_steps(self) -> int:
+        return self.trainer.max_steps
+
+    @property
     def epoch_progress(self) -> Any:
         return self.progress.epoch
 

@@ -211,7 +211,7 @@ class Metrics:
                 self._progress_bar[name] = float(value)
 
     def clear(self) -> None:
-        """Forget what a sanity check has shown."""
+        """Forget what an earlier run, or a sanity check, has shown."""
         for view in (self._callback, self._logged, self._progress_bar, self._steps):
             view.clear()
         self._stale = False

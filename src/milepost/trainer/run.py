@@ -38,6 +38,7 @@ def run(
     if fn == "fit":
         trainer.fit_loop.forget_data()
     trainer.evaluation_loops[{"fit": "validation", "validate": "validation"}.get(fn, fn)].forget_data()
+    trainer.metrics.clear()
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False
     trainer.strategy.connect(model)
