@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
+import io
 import os
+import random
 import resource
 import signal
 import threading
+import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 from milepost.engine import values
 from milepost.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointNotFoundError,
     CheckpointSaveError,
     UnencodableValueError,
@@ -265,3 +269,31 @@ def test_saves_at_once_in_one_directory_do_not_sweep_each_other_away(tmp_path: P
     for thread in threads:
         thread.join()
     assert failed == [] and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_a_pickle_edited_by_hand_is_an_error_of_ours_at_worst(tmp_path: Path) -> None:
+    """The records' checksums are made to fit, as they would by whoever edits a file with care."""
+    source = io.BytesIO()
+    state = checkpoint(hyper_parameters={"where": Path("x"), "options": Options(1, Path("y")), "n": np.float64(1)})
+    torch.save(values.to_plain(state), source)
+    with zipfile.ZipFile(source) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    generator, whole = random.Random(0), records[pickled]
+    path, unread = tmp_path / "a.ckpt", 0
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(generator.randrange(1, 4)):
+            position = generator.randrange(len(content))
+            how = generator.randrange(3)
+            content[position : position + (how != 1)] = bytes([generator.randrange(256)] * (how != 2))
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, record in {**records, pickled: bytes(content)}.items():
+                archive.writestr(name, record)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                TorchCheckpointIO().load_checkpoint(path)
+            except CheckpointError:
+                unread += 1
+    assert unread > 60
