@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer.hparams import Hyperparameters
 from milepost.trainer.metrics import LogOptions
 from milepost.trainer.rebuild import instantiate, on_the_class_only, read_hparams
-from milepost.trainer.state import read_checkpoint, without_compile_prefix
+from milepost.trainer.state import read_checkpoint, without_compile_prefix, without_compiled_part
 from milepost.trainer.transfer import map_tensors, numbers_to_tensors
 
 if TYPE_CHECKING:
@@ -436,9 +437,12 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: boo
     """
     if "state_dict" not in checkpoint:
         raise ResumeError(f"The checkpoint holds no `state_dict`; its keys are {sorted(map(str, checkpoint))}.")
-    state = without_compile_prefix(checkpoint["state_dict"])
-    names = {without_compile_prefix({k: None}).copy().popitem()[0]: k for k in model.state_dict()}
-    state = {names.get(k, k): v for k, v in state.items()}
+    given, own = without_compile_prefix(checkpoint["state_dict"]), model.state_dict()
+    names = {without_compiled_part(key): key for key in own}
+    state = OrderedDict((names.get(k, k), v) for k, v in given.items())
+    if versions := getattr(given, "_metadata", None):
+        paths = [(path, without_compiled_part(path)) for path in getattr(own, "_metadata", ())]
+        state._metadata = {path: versions[plain] for path, plain in paths if plain in versions}  # type: ignore[attr-defined]
     try:
         unmatched = model.load_state_dict(state, strict=strict)
     except RuntimeError as error:

@@ -6,6 +6,7 @@ state, position in the data, accumulated gradients, running means) stands under 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,21 @@ _COMPILED = "_orig_mod."
 
 
 def without_compile_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as the uncompiled module has them: torch.compile puts ``_orig_mod.`` into them."""
-    return {key.replace(_COMPILED, ""): value for key, value in state.items()}
+    """Keys as the uncompiled module has them: torch.compile puts ``_orig_mod.`` into them.
+
+    The versions of the modules, which torch keeps beside the keys of a state dict and asks for when it loads one, stay.
+    """
+    renamed = OrderedDict((key.replace(_COMPILED, ""), value) for key, value in state.items())
+    if versions := getattr(state, "_metadata", None):
+        # A compiled module stands before the one in it: the entry that stays is that of the one in it.
+        by_path = OrderedDict((without_compiled_part(path), version) for path, version in versions.items())
+        renamed._metadata = by_path  # type: ignore[attr-defined]
+    return renamed
+
+
+def without_compiled_part(path: str) -> str:
+    """The path of a module as it is where nothing is compiled."""
+    return ".".join(part for part in path.split(".") if part != _COMPILED[:-1])
 
 
 def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
