@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,11 +19,13 @@ from milepost.engine.retention import Entry, KeepBest, Mode, Retention, Rule
 from milepost.engine.save import Committed
 from milepost.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointFormatError,
     CheckpointNotFoundError,
     MisconfigurationException,
 )
 from milepost.format.manifest import HEAD_NAME, metrics_as_numbers
+from milepost.storage.files import Files
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -53,6 +56,7 @@ class Checkpointer:
         monitor: the metric by which `KeepBest` ranks.
         mode: whether its smallest or its largest value is the best.
         threads: that copy, digest and write.
+        files: what makes the calls to the file system; those of `milepost.testing` record them or make them fail.
 
     Raises:
         MisconfigurationException: an argument that cannot work.
@@ -68,6 +72,7 @@ class Checkpointer:
         monitor: str | None = None,
         mode: Mode = "min",
         threads: int = 2,
+        files: Files | None = None,
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
@@ -84,7 +89,7 @@ class Checkpointer:
         self._known: dict[int, tuple[int, Entry]] = {}  # by step: inode of the directory, and what its head says
         self._background = background
         self._on_busy = on_busy
-        self._engine = DirectoryEngine(threads=threads)
+        self._engine = DirectoryEngine(files, threads)
         self._newest: DirectorySave | None = None
 
     # ---- saving ----------------------------------------------------------------------------------------------------
@@ -220,9 +225,13 @@ class Checkpointer:
             self._restore_one(state, step)
             return step
         first_error: CheckpointCorruptError | CheckpointFormatError | None = None
-        for candidate in reversed(self.steps()):
+        candidates = self.steps()
+        while candidates:
+            candidate = candidates.pop()
             try:
                 self._restore_one(state, candidate)
+            except CheckpointNotFoundError:  # removed by somebody since it was listed, who may have saved newer ones
+                candidates = self.steps()
             except (CheckpointCorruptError, CheckpointFormatError) as error:
                 first_error = first_error or error
                 warnings.warn(f"passing over the damaged checkpoint of step {candidate}: {error}", stacklevel=2)
@@ -256,13 +265,14 @@ class Checkpointer:
 
     def _restore_one(self, state: MutableMapping[str, Any], step: int) -> None:
         self._check_there(step)
-        with self._engine.open(self.path(step)) as stored:
-            restore(self._engine, stored, state)
-        self._engine.adopt(self.path(step))
+        self._engine.reading(self.path(step), lambda stored: restore(self._engine, stored, state))
+        with suppress(CheckpointError):  # it is removed or replaced meanwhile: then the next save writes all
+            self._engine.adopt(self.path(step))
         self._restored = step
 
     def _check_there(self, step: int) -> None:
-        if not self.path(step).is_dir():
+        aside = self.directory / f"{REPLACED}{self.path(step).name}"  # while it is being replaced
+        if not (self.path(step).is_dir() or aside.is_dir() or self.path(step).is_dir()):
             raise CheckpointNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}; there are: {self.steps()}."
             )

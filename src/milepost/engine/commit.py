@@ -6,9 +6,10 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from milepost.format.manifest import HEAD_NAME
 from milepost.storage.files import Files
@@ -18,6 +19,25 @@ REMOVED = ".removed-"
 REPLACED = ".replaced-"
 _UNLOCKED_AGE_SECONDS = 24 * 3600.0
 """Where the file system has no locks, leftovers are removed only when they are this old."""
+_ATTEMPTS = 100
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def make_parents(files: Files, path: str) -> None:
+    """Make a directory and those above it that are missing, each durable before the next.
+
+    The name of the deepest one that was there is made durable too: a process that was killed may have made it.
+    """
+    missing = []
+    while not os.path.isdir(path):  # noqa: PTH112
+        missing.append(path)
+        path = os.path.dirname(path)  # noqa: PTH120
+    with suppress(PermissionError):  # it is somebody else's, who keeps it
+        files.sync_directory(os.path.dirname(path))  # noqa: PTH120
+    for directory in reversed(missing):
+        with suppress(FileExistsError):  # another process came first; that it is a directory, the next call finds
+            files.make_directory(directory)
+        files.sync_directory(os.path.dirname(directory))  # noqa: PTH120
 
 
 class PendingDirectory:
@@ -27,6 +47,9 @@ class PendingDirectory:
         self._files = files
         self.target = target
         self._parent, self._name = os.path.split(target)
+        self._aside = f"{self._parent}/{REPLACED}{self._name}"
+        self._undone = False  # a rename was made and taken back
+        self._placed = False  # what was written lies at the target
         self.path, self._lock = self._make()
 
     def _make(self) -> tuple[str, int]:
@@ -48,43 +71,97 @@ class PendingDirectory:
         Raises:
             OSError: it is not committed; what was at the target before is still there, whole.
         """
-        files = self._files
-        files.sync_directory(self.path)
-        if not os.path.lexists(self.target):
-            files.rename(self.path, self.target)
-            files.sync_directory(self._parent)
-            self._release()
-            return
+        self._files.sync_directory(self.path)
+        for _ in range(_ATTEMPTS):  # another saver or a removal may come between looking and renaming
+            if self._moved() or self._exchanged():
+                self._release()
+                return
+        raise OSError(errno.EEXIST, "others replace it all the time", self.target)
+
+    def _moved(self) -> bool:
+        """Take the place if it is free."""
+        if os.path.lexists(self.target):
+            return False
         try:
-            files.exchange(self.path, self.target)  # now the pending name holds what was there before
+            self._place(lambda: self._files.rename(self.path, self.target))
+        except OSError as error:
+            if error.errno in _TAKEN:
+                return False
+            raise
+        self._make_durable(lambda: self._files.rename(self.target, self.path))
+        return True
+
+    def _exchanged(self) -> bool:
+        """Change places with what is there, and remove that."""
+        files = self._files
+        try:
+            self._place(lambda: files.exchange(self.path, self.target))  # the pending name then holds the old one
+        except FileNotFoundError:
+            return False
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise
-            self._move_aside()
-            return
-        files.sync_directory(self._parent)
+            return self._moved_aside()
+        self._make_durable(lambda: files.exchange(self.path, self.target))
         with suppress(OSError):  # it is committed: what is left of the old one is swept later
             remove_tree(files, self.path)
-        self._release()
+        return True
 
-    def _move_aside(self) -> None:
+    def _moved_aside(self) -> bool:
         """Where two directories cannot be swapped in one step: readers know to look for the name given here."""
         files = self._files
-        aside = f"{self._parent}/{REPLACED}{self._name}"
-        if os.path.lexists(aside):
-            remove_tree(files, aside)
-        files.rename(self.target, aside)
-        files.rename(self.path, self.target)
-        files.sync_directory(self._parent)
+        if os.path.lexists(self._aside):  # left by a killed process, whose renames may not be durable yet
+            files.sync_directory(self._parent)
+            _remove_aside(files, self._aside)
+        try:
+            files.rename(self.target, self._aside)
+        except FileNotFoundError:
+            return False
+        try:
+            self._place(lambda: files.rename(self.path, self.target))
+        except OSError as error:
+            if error.errno in _TAKEN:
+                return False
+            with suppress(OSError):
+                files.rename(self._aside, self.target)
+            raise
+        self._make_durable(self._put_back)
         with suppress(OSError):
-            remove_tree(files, aside)
-        self._release()
+            _remove_aside(files, self._aside)
+        return True
+
+    def _put_back(self) -> None:
+        self._files.rename(self.target, self.path)
+        self._files.rename(self._aside, self.target)
+
+    def _place(self, rename: Callable[[], None]) -> None:
+        self._placed = True  # before it is: an interrupt may come between the two
+        try:
+            rename()
+        except OSError:
+            self._placed = False
+            raise
+
+    def _make_durable(self, undo: Callable[[], None]) -> None:
+        """Acknowledge the new names; where that fails, take them back: the save has failed, so nothing has changed."""
+        try:
+            self._files.sync_directory(self._parent)
+        except OSError:
+            with suppress(OSError):
+                undo()
+                self._placed, self._undone = False, True
+            raise
 
     def abandon(self) -> None:
         """Remove what was written. Never raises: an error is under way already."""
-        with suppress(OSError):
-            remove_tree(self._files, self.path)
-        self._release()
+        try:
+            if not self._placed:  # else the pending name holds, if anything, what was there before
+                with suppress(OSError):
+                    if self._undone:  # or a crash could leave the rename, without what takes it back, and no files
+                        self._files.sync_directory(self._parent)
+                    remove_tree(self._files, self.path)
+        finally:
+            self._release()
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -95,52 +172,75 @@ class PendingDirectory:
 def remove_checkpoint(files: Files, path: str) -> None:
     """Remove a checkpoint directory. It stops being one in a single step; where there is none, nothing happens."""
     parent, name = os.path.split(path)
-    gone = f"{parent}/{REMOVED}{name}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        files.rename(path, gone)
-    except FileNotFoundError:
-        return
-    files.sync_directory(parent)
-    remove_tree(files, gone)
+    for found in (f"{parent}/{REPLACED}{name}", path):  # the one it replaced first, which would else be put back
+        gone = f"{parent}/{REMOVED}{name}-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            files.rename(found, gone)
+        except FileNotFoundError:
+            continue
+        files.sync_directory(parent)
+        remove_tree(files, gone)
+
+
+def _remove_aside(files: Files, path: str) -> None:
+    """For good: were the checkpoint that replaced it removed later, and that alone durable, it would be put back."""
+    remove_tree(files, path)
+    files.sync_directory(os.path.dirname(path))  # noqa: PTH120
 
 
 def remove_tree(files: Files, path: str) -> None:
-    """Remove a directory of files, its head first: a half-removed one is no checkpoint. Links are not followed."""
-    names = sorted(os.listdir(path), key=lambda name: name != HEAD_NAME)  # noqa: PTH208
-    for name in names:
-        with suppress(FileNotFoundError):
-            entry = Path(path) / name
-            if entry.is_dir() and not entry.is_symlink():
-                remove_tree(files, str(entry))
-            else:
-                files.remove_file(str(entry))
-    files.remove_directory(path)
+    """Remove a directory of files, its head first: a half-removed one is no checkpoint. Links are not followed.
+
+    What somebody else removes at the same time is not missed.
+    """
+    with suppress(FileNotFoundError):
+        if not _is_directory(path):
+            files.remove_file(path)
+            return
+        for name in sorted(os.listdir(path), key=lambda name: name != HEAD_NAME):  # noqa: PTH208
+            remove_tree(files, f"{path}/{name}")
+        files.remove_directory(path)
 
 
 def sweep(files: Files, directory: str) -> list[str]:
     """Remove what killed processes left in `directory`, put back what one was replacing; return what was removed."""
-    swept = []
-    with suppress(FileNotFoundError):
-        for entry in sorted(os.scandir(directory), key=lambda found: found.name):
-            if entry.name.startswith(REPLACED):
-                target = f"{directory}/{entry.name.removeprefix(REPLACED)}"
-                if not os.path.lexists(target):
-                    with suppress(OSError):
-                        files.rename(entry.path, target)
-                        files.sync_directory(directory)
-                    continue
-            elif not entry.name.startswith((PENDING, REMOVED)):
-                continue
-            if not entry.is_dir(follow_symlinks=False):
-                continue
-            lock = _locked(entry.path, wait=False)
-            if lock is None:
-                continue
-            with suppress(OSError):
-                remove_tree(files, entry.path)
-                swept.append(entry.path)
-            os.close(lock)
+    try:
+        names = sorted(os.listdir(directory))  # noqa: PTH208
+    except OSError:
+        return []
+    swept: list[str] = []
+    alive: set[str] = set()
+    for name in names:
+        path = f"{directory}/{name}"
+        with suppress(OSError):
+            if name.startswith(REPLACED):
+                replaced = name.removeprefix(REPLACED)
+                if os.path.lexists(f"{directory}/{replaced}"):
+                    _swept(files, path, swept)
+                elif replaced not in alive:  # else its saver is between its two renames
+                    files.rename(path, f"{directory}/{replaced}")
+                    files.sync_directory(directory)
+            elif name.startswith((PENDING, REMOVED)) and not _swept(files, path, swept):
+                alive.add(name.removeprefix(PENDING).rsplit("-", 2)[0])
     return swept
+
+
+def _swept(files: Files, path: str, swept: list[str]) -> bool:
+    """Remove one directory that nobody holds."""
+    lock = None
+    if _is_directory(path) and (lock := _locked(path, wait=False)) is None:
+        return False
+    try:
+        if not swept:
+            # What a killed process renamed may not be durable: a power cut would then bring the old names back, of
+            # which one is the checkpoint that is removed here.
+            files.sync_directory(os.path.dirname(path))  # noqa: PTH120
+        (_remove_aside if os.path.basename(path).startswith(REPLACED) else remove_tree)(files, path)  # noqa: PTH119
+        swept.append(path)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return True
 
 
 def _locked(path: str, *, wait: bool) -> int | None:
@@ -150,7 +250,9 @@ def _locked(path: str, *, wait: bool) -> int | None:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if wait and not isinstance(error, FileNotFoundError):
+            raise
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -162,6 +264,14 @@ def _locked(path: str, *, wait: bool) -> int | None:
             os.close(descriptor)
             return None
     return descriptor
+
+
+def _is_directory(path: str) -> bool:
+    """Whether it is one itself, not a link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _still(path: str, descriptor: int) -> bool:

@@ -6,12 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from milepost.engine.collector import collector_paused
-from milepost.engine.commit import PendingDirectory, remove_checkpoint, sweep
+from milepost.engine.commit import PendingDirectory, make_parents, remove_checkpoint, sweep
 from milepost.engine.planner import Earlier, plan_groups
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Destination, Image
@@ -19,9 +19,11 @@ from milepost.engine.save import Committed, Saving
 from milepost.engine.staging import Arena, LiveImage, Source
 from milepost.engine.state import Flattened, rebuild, references, stored_type
 from milepost.engine.writer import Workers
-from milepost.errors import CheckpointError, CheckpointFormatError, CheckpointSaveError
+from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, CheckpointSaveError
 from milepost.format.codec import TensorRef
 from milepost.storage.files import Files, LocalFiles
+
+_T = TypeVar("_T")
 
 
 class DirectorySave:
@@ -72,6 +74,7 @@ class DirectoryEngine:
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
         self._lock = threading.Lock()
+        self._durable: set[str] = set()  # parents that were made, or found, and made durable
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -142,8 +145,11 @@ class DirectoryEngine:
         then: Callable[[Committed], None] | None,
     ) -> None:
         try:
-            os.makedirs(os.path.dirname(save.path), exist_ok=True)  # noqa: PTH103, PTH120
-            sweep(self.files, os.path.dirname(save.path))  # noqa: PTH120
+            parent = os.path.dirname(save.path)  # noqa: PTH120
+            if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
+                make_parents(self.files, parent)
+                self._durable.add(parent)
+            sweep(self.files, parent)
             saving = Saving(self.files, self._started(), flattened, plans, images)
             committed = saving.run(save.path, save.step, metrics, self._last)
             self._last = committed
@@ -197,6 +203,21 @@ class DirectoryEngine:
                 save._future.exception()
         return StoredCheckpoint(target)
 
+    def reading(self, path: str | os.PathLike[str], read: Callable[[StoredCheckpoint], _T]) -> _T:
+        """Open a checkpoint and call `read` with it; where it is replaced meanwhile, once more with the new one.
+
+        Raises:
+            CheckpointNotFoundError: it is not there, or was removed while it was read.
+        """
+        with self.open(path) as stored:
+            try:
+                return read(stored)
+            except (CheckpointCorruptError, CheckpointFormatError):
+                if stored.is_current():
+                    raise
+        with self.open(path) as stored:
+            return read(stored)
+
     def load(self, path: str | os.PathLike[str], *, unpickle: bool = False) -> dict[str, Any]:
         """Read a whole checkpoint, every byte of it verified.
 
@@ -206,10 +227,14 @@ class DirectoryEngine:
         Raises:
             CheckpointError: nothing is there, it is damaged, or it holds a pickled value and `unpickle` is False.
         """
-        with self.open(path) as stored, collector_paused():
+
+        def read(stored: StoredCheckpoint) -> dict[str, Any]:
             tensors = self.read_tensors(stored, references(stored.tree))
             state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__, unpickle)
             return state
+
+        with collector_paused():
+            return self.reading(path, read)
 
     def read_tensors(
         self, stored: StoredCheckpoint, wanted: list[TensorRef], into: Mapping[TensorRef, torch.Tensor] | None = None
@@ -250,8 +275,7 @@ class DirectoryEngine:
             CheckpointCorruptError: names the first damaged tensor and range of bytes.
             CheckpointError: it is not there, or no checkpoint.
         """
-        with self.open(path) as stored:
-            stored.verify(self._started())
+        self.reading(path, lambda stored: stored.verify(self._started()))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens."""

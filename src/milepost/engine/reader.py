@@ -11,9 +11,15 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from milepost.engine.commit import REPLACED
 from milepost.engine.requests import CHUNK_BYTES, Destination
 from milepost.engine.writer import Workers, piece_digests
-from milepost.errors import CheckpointCorruptError, CheckpointFormatError, CheckpointNotFoundError
+from milepost.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+)
 from milepost.format import codec, manifest
 from milepost.format.layout import PIECE_BYTES, TensorEntry, pieces_of
 from milepost.format.manifest import Blob, Head, Index, Stored
@@ -34,17 +40,16 @@ class StoredCheckpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.bytes_read = 0
-        try:
-            self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise CheckpointNotFoundError(f"There is no checkpoint at {self.path}.") from None
-        except NotADirectoryError:
-            raise CheckpointFormatError(f"{self.path} is no checkpoint directory.") from None
-        try:
-            self.head: Head = manifest.decode_head(self._head_bytes(), self._in(manifest.HEAD_NAME))
-        except BaseException:
-            self.close()
-            raise
+        for again in (True, False):
+            self._directory = _open_directory(self.path)
+            try:
+                self.head: Head = manifest.decode_head(self._head_bytes(), self._in(manifest.HEAD_NAME))
+                break
+            except BaseException as error:
+                replaced = isinstance(error, CheckpointError) and not self.is_current()
+                self.close()
+                if not (again and replaced):
+                    raise
         self._lock = threading.Lock()
         self._indexes: dict[int, Index] = {}
 
@@ -63,6 +68,13 @@ class StoredCheckpoint:
         """Names of all the files it consists of, the head last."""
         names = [name for blob in self.head.blobs for name in (blob.name, blob.index.name)]
         return [*names, *(found.name for found in self.head.maps), self.head.tree.name, manifest.HEAD_NAME]
+
+    def is_current(self) -> bool:
+        """Whether the directory that is held open still lies at its path: neither replaced nor removed meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._directory), os.stat(self.path))  # noqa: PTH116
+        except OSError:
+            return False
 
     @cached_property
     def tree(self) -> Any:
@@ -268,6 +280,23 @@ class _BlobFile:
             return os.preadv(self._cached, [buffer[: stop - start]], start, _NOWAIT) == stop - start
         except OSError:
             return False
+
+
+def _open_directory(path: str) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    parent, name = os.path.split(path)
+    try:
+        # Where directories cannot be swapped in one step, the old one is aside while a new one takes its place.
+        for place in (path, f"{parent}/{REPLACED}{name}"):
+            with suppress(FileNotFoundError):
+                return os.open(place, flags)
+        return os.open(path, flags)
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"There is no checkpoint at {path}.") from None
+    except NotADirectoryError:
+        raise CheckpointFormatError(f"{path} is no checkpoint directory.") from None
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path} cannot be read: {error}.", path=path) from error
 
 
 def _open_in(directory: int, name: str, path: str) -> int:

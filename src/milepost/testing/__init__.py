@@ -1,7 +1,14 @@
-"""Conformance suites: whoever writes a plugin proves it with the tests that ours pass."""
+"""Conformance suites: whoever writes a plugin proves it with the tests that ours pass. See docs/testing.md."""
 
 from milepost._lazy import lazy_names
 
-_NAMES = {"CheckpointIOTests": "milepost.testing.checkpoint_io"}
+_NAMES = {
+    "CheckpointIOTests": "milepost.testing.checkpoint_io",
+    "CrashState": "milepost.testing.crashes",
+    "Fault": "milepost.testing.faulty_files",
+    "FaultyFiles": "milepost.testing.faulty_files",
+    "RecordingFiles": "milepost.testing.recording",
+    "crash_states": "milepost.testing.crashes",
+}
 __all__ = sorted(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,0 +1,113 @@
+"""A `Files` one of whose calls fails, as a disk that is full or broken makes it fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from dataclasses import dataclass
+
+from milepost.storage.files import Files, LocalFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong.
+
+    Attributes:
+        at: the number of the call, from 0, that fails.
+        number: the errno it fails with.
+        short: a write fails after half of its bytes.
+        lasting: all calls after it fail too, but for those that remove and abandon.
+    """
+
+    at: int
+    number: int = errno.EIO
+    short: bool = False
+    lasting: bool = False
+
+
+class FaultyFiles:
+    """Passes calls on to `files`, until the one that fails.
+
+    `calls` lists what was asked for, as (method, path), the one that failed included; `failed` is that one.
+    """
+
+    def __init__(self, fault: Fault | None = None, files: Files | None = None) -> None:
+        self.fault = fault
+        self.calls: list[tuple[str, str]] = []
+        self.failed: tuple[str, str] | None = None
+        self._files = files or LocalFiles()
+        self._lock = threading.Lock()
+        self._paths: dict[int, str] = {}
+
+    def make_directory(self, path: str) -> None:
+        self._called("make_directory", path)
+        self._files.make_directory(path)
+
+    def create(self, path: str, size: int) -> int:
+        self._called("create", path)
+        descriptor = self._files.create(path, size)
+        with self._lock:
+            self._paths[descriptor] = path
+        return descriptor
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> None:
+        try:
+            self._called("write", self._paths[descriptor])
+        except OSError:
+            if self.fault is not None and self.fault.short:
+                self._files.write(descriptor, data[: len(data) // 2], offset)
+            raise
+        self._files.write(descriptor, data, offset)
+
+    def finish(self, descriptor: int, size: int) -> None:
+        with self._lock:
+            path = self._paths.pop(descriptor)
+        try:
+            self._called("finish", path)
+        except OSError:
+            self._files.abandon(descriptor)  # as `Files` has it: closed, also where that fails
+            raise
+        self._files.finish(descriptor, size)
+
+    def abandon(self, descriptor: int) -> None:
+        with self._lock:
+            self.calls.append(("abandon", self._paths.pop(descriptor)))
+        self._files.abandon(descriptor)
+
+    def link(self, source: str, target: str) -> None:
+        self._called("link", target)
+        self._files.link(source, target)
+
+    def rename(self, source: str, target: str) -> None:
+        self._called("rename", target)
+        self._files.rename(source, target)
+
+    def exchange(self, one: str, other: str) -> None:
+        self._called("exchange", other)
+        self._files.exchange(one, other)
+
+    def remove_file(self, path: str) -> None:
+        self._called("remove_file", path)
+        self._files.remove_file(path)
+
+    def remove_directory(self, path: str) -> None:
+        self._called("remove_directory", path)
+        self._files.remove_directory(path)
+
+    def sync_directory(self, path: str) -> None:
+        self._called("sync_directory", path)
+        self._files.sync_directory(path)
+
+    def _called(self, method: str, path: str) -> None:
+        with self._lock:
+            number = sum(name != "abandon" for name, _ in self.calls)
+            self.calls.append((method, path))
+            fault = self.fault
+            if fault is None or number < fault.at:
+                return
+            later = fault.lasting and not method.startswith("remove")
+            if number == fault.at or (later and self.failed is not None):
+                self.failed = self.failed or (method, path)
+                raise OSError(fault.number, os.strerror(fault.number), path)
