@@ -328,3 +328,21 @@ def test_named_checkpointers_find_their_state_in_any_order(tmp_path: Path) -> No
     fit_line(tmp_path, second, first, ckpt_path=str(tmp_path / "b" / "step=4.ckpt"), max_epochs=2)
     assert names(tmp_path / "a") == {"step=8.ckpt"}, "its own earlier file was retired"
     assert names(tmp_path / "b") == {"step=4.ckpt", "step=8.ckpt"}, "the source stays"
+
+
+def test_a_run_that_died_between_a_commit_and_its_removal_leaves_nothing_for_good(tmp_path: Path) -> None:
+    from milepost.plugins import TorchCheckpointIO
+
+    class Dying(TorchCheckpointIO):
+        def remove_checkpoint(self, path: Any) -> None:
+            raise KeyboardInterrupt
+
+    def checkpointer() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "c", "{step}", every_n_train_steps=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_line(tmp_path, checkpointer(), plugins=Dying())
+    assert names(tmp_path / "c") == {"step=2.ckpt", "step=4.ckpt"}
+    (tmp_path / "c" / "other.ckpt").write_bytes(b"not ours")
+    fit_line(tmp_path, checkpointer(), ckpt_path=str(tmp_path / "c" / "step=4.ckpt"), max_epochs=2)
+    assert names(tmp_path / "c") == {"step=4.ckpt", "step=8.ckpt", "other.ckpt"}, "4 was resumed from"

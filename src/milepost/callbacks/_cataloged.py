@@ -67,7 +67,7 @@ class CatalogedCheckpoint(Checkpoint):
             "dirpath": self.dirpath,
             **_record.view(self._ledger.projected, self._ledger.policy),
             "milepost": {
-                **_record.encode(self._ledger.projected, self.dirpath or ""),
+                **_record.encode(self._ledger.committed, self._ledger.projected, self.dirpath or ""),
                 "deferred": self._deferred,
                 "failed_saves": self.failed_saves,
             },
@@ -78,6 +78,7 @@ class CatalogedCheckpoint(Checkpoint):
         own = state_dict.get("milepost", {})
         here = self.dirpath or state_dict.get("dirpath") or ""
         self._ledger.committed = _record.restore(state_dict, here, self._source, self._is_there, self._ledger.policy)
+        self._ledger.doomed = _record.doomed(state_dict, here)
         self.current_score = state_dict.get("current_score")
         self._deferred = bool(own.get("deferred", False))
         self._saver.failed_saves = int(own.get("failed_saves", 0))

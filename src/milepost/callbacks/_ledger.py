@@ -47,6 +47,7 @@ class Ledger:
         self.policy = policy
         self.weights_only = weights_only
         self.committed = Catalog()
+        self.doomed: list[str] = []  # what a run that died between a commit and its removals has left
         self.dirpath = ""
         self._in_flight: list[Save] = []
 
@@ -98,12 +99,14 @@ class Ledger:
             committed(save, self._commit(trainer, save))
 
     def prune(self, trainer: Any) -> list[str]:
-        """Apply the policy to what is committed, which may keep fewer than when the entries were made.
-
-        Returns the paths removed.
+        """Apply the policy to what is committed, which may keep fewer than when the entries were made, and delete what
+        the run before did not come to. Returns the paths removed.
         """
         kept = replace(self.committed, entries=self.policy.retain(self.committed.entries))
-        return self._switch(trainer, kept, Change())
+        removed = self._switch(trainer, kept, Change())
+        left, self.doomed = [path for path in self.doomed if path not in kept.paths()], []
+        there = [path for path in left if Path(path).exists() and self._removable(trainer, path)]
+        return removed + [path for path in there if self._remove(trainer, path)]
 
     def _commit(self, trainer: Any, save: Save) -> list[str]:
         change = save.change

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import torch
 
 from milepost.callbacks._naming import relative
-from milepost.engine.retention import Catalog, Entry, Retention
+from milepost.engine.retention import Catalog, Entry, Retention, obsolete
 
 # Whether something is at a path; None where the plugin cannot tell.
 Exists = Callable[[str], bool | None]
@@ -49,8 +49,8 @@ def view(catalog: Catalog, policy: Retention) -> View:
     )
 
 
-def encode(catalog: Catalog, dirpath: str) -> dict[str, Any]:
-    """`catalog` as plain values, paths relative to `dirpath` where they lie in it."""
+def encode(before: Catalog, catalog: Catalog, dirpath: str) -> dict[str, Any]:
+    """`catalog` as plain values, and what becoming it from `before` deletes; paths relative to `dirpath` if inside."""
 
     def place(path: str) -> str:
         return (relative(path, dirpath) or path) if path else ""
@@ -63,7 +63,14 @@ def encode(catalog: Catalog, dirpath: str) -> dict[str, Any]:
         "last": place(catalog.last),
         "crash": place(catalog.crash),
         "elsewhere": plain(catalog.elsewhere) if catalog.elsewhere else None,
+        "doomed": [place(path) for path in obsolete(before, catalog)],
     }
+
+
+def doomed(state: Mapping[str, Any], dirpath: str) -> list[str]:
+    """What the commit of the file that holds `state` was to delete from `dirpath`, and may not have come to."""
+    listed = state.get("milepost", {}).get("doomed", [])
+    return [place for path in listed if relative(place := str(Path(dirpath, path)), dirpath) is not None]
 
 
 def restore(state: Mapping[str, Any], dirpath: str, source: str, exists: Exists, policy: Retention) -> Catalog:
