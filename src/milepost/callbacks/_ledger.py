@@ -14,6 +14,8 @@ from milepost.engine.retention import Catalog, Change, Entry, Retention, obsolet
 from milepost.errors import CheckpointSaveError
 from milepost.plugins.io import checkpoint_io as capabilities
 
+_SPARE = ".link"
+
 
 @dataclass(eq=False, slots=True)
 class Save:
@@ -104,6 +106,7 @@ class Ledger:
         """
         kept = replace(self.committed, entries=self.policy.retain(self.committed.entries))
         removed = self._switch(trainer, kept, Change())
+        _sweep_links(self.dirpath)
         left, self.doomed = [path for path in self.doomed if path not in kept.paths()], []
         there = [path for path in left if Path(path).exists() and self._removable(trainer, path)]
         return removed + [path for path in there if self._remove(trainer, path)]
@@ -169,10 +172,18 @@ def _prepare(path: str, step: int) -> None:
         ) from error
 
 
+def _sweep_links(directory: str) -> None:
+    """Remove symbolic links that a killed process made and did not come to put in place."""
+    if "://" not in directory:
+        for stale in Path(directory).glob(f".*{_SPARE}"):
+            if stale.is_symlink():
+                stale.unlink()
+
+
 def _link(trainer: Any, save: Save) -> bool:
     if save.symbolic:
         target = Path(save.link_to)
-        spare = target.with_name(f".{target.name}.link")
+        spare = target.with_name(f".{target.name}{_SPARE}")
         try:
             spare.unlink(missing_ok=True)
             spare.symlink_to(os.path.relpath(save.path, target.parent))

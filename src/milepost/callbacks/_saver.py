@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from milepost.callbacks._ledger import Ledger, Save
 from milepost.callbacks._naming import relative
 from milepost.engine.retention import Change, Retention
-from milepost.errors import MisconfigurationException
-from milepost.plugins.io.index import Record, update_index
+from milepost.errors import CheckpointFormatError, MisconfigurationException
+from milepost.plugins.io.index import Record, read_index, update_index
 
 OnSaveError = Literal["raise", "continue"]
 Link = Literal["none", "hard", "symbolic"]
@@ -95,11 +96,29 @@ class Saver:
             except OSError as error:
                 self._failed(trainer, error)
 
-    def prune(self, trainer: Any) -> None:
-        """Apply the policy to what was restored."""
-        if removed := self.ledger.prune(trainer):
-            self._index(trainer, [], removed)
-            _tell_of_removal(trainer, removed)
+    def take_up(self, trainer: Any, monitor: str | None) -> None:
+        """Apply the policy to what was restored, and tell the index of what a run that died has not told it."""
+        removed = self.ledger.prune(trainer)
+        put = self._untold(trainer, monitor)
+        if removed or put:
+            self._index(trainer, put, removed)
+        _tell_of_removal(trainer, removed)
+
+    def _untold(self, trainer: Any, monitor: str | None) -> list[Record]:
+        """Records of the files that hold the state resumed from, where the index has none."""
+        catalog, directory = self.ledger.committed, self.ledger.dirpath
+        entry = next((e for e in catalog.entries if e.step == trainer.global_step), None)
+        same = bool(catalog.last) and bool(trainer.ckpt_path) and _same(catalog.last, trainer.ckpt_path)
+        files = ([(entry.path, "ranked")] if entry else []) + ([(catalog.last, "last")] if same else [])
+        if not files or "://" in directory:
+            return []
+        try:
+            told = {record["path"] for record in read_index(directory)}
+        except CheckpointFormatError:
+            told = set()
+        known = describe(trainer, trainer.callback_metrics, monitor, entry.score if entry else None)
+        records = [{"path": relative(path, directory) or path, "kind": kind, **known} for path, kind in files]
+        return [record for record in records if record["path"] not in told]
 
     def _submit(self, trainer: Any, saves: Sequence[Save]) -> OSError | None:
         try:
@@ -144,6 +163,10 @@ def describe(trainer: Any, metrics: dict[str, Any], monitor: str | None, score: 
         "metrics": {name: float(value) for name, value in metrics.items() if name not in ("epoch", "step")},
         "time": time.time(),
     }
+
+
+def _same(path: str, other: str) -> bool:
+    return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
 
 
 def _records(save: Save, directory: str) -> list[Record]:

@@ -144,7 +144,7 @@ class ModelCheckpoint(CatalogedCheckpoint):
         self._monitor.begin()
         self._done = Done.resumed(trainer.global_step, has_last=bool(self._ledger.committed.last))
         if trainer.is_global_zero and not idle(trainer):
-            self._saver.prune(trainer)
+            self._saver.take_up(trainer, self.monitor)
             if not self._trigger.never or self.save_last or self.save_on_exception:
                 preflight(trainer, self._saver, with_last=bool(self.save_last))
         self._publish()
