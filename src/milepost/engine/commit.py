@@ -32,8 +32,11 @@ def make_parents(files: Files, path: str) -> None:
     while not os.path.isdir(path):  # noqa: PTH112
         missing.append(path)
         path = os.path.dirname(path)  # noqa: PTH120
-    with suppress(PermissionError):  # it is somebody else's, who keeps it
+    try:
         files.sync_directory(os.path.dirname(path))  # noqa: PTH120
+    except OSError as error:
+        if error.errno != errno.EACCES:  # it is somebody else's, who keeps it
+            raise
     for directory in reversed(missing):
         with suppress(FileExistsError):  # another process came first; that it is a directory, the next call finds
             files.make_directory(directory)
@@ -69,7 +72,8 @@ class PendingDirectory:
         """Make it the checkpoint at the target. All its files are durable already.
 
         Raises:
-            OSError: it is not committed; what was at the target before is still there, whole.
+            OSError: it is not committed; what was at the target before is still there, whole. If the parent cannot be
+                made durable, and the file system refuses to take the rename back, the new one stands there, whole.
         """
         self._files.sync_directory(self.path)
         for _ in range(_ATTEMPTS):  # another saver or a removal may come between looking and renaming
