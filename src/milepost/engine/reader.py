@@ -175,13 +175,14 @@ class StoredCheckpoint:
         bad = next((n for n in pairs if found[n : n + 32] != expected[n : n + 32]), 0) // 32 + first
         low, high = bad * PIECE_BYTES, min((bad + 1) * PIECE_BYTES, blob.bytes)
         touched = [e for e in map(index.entry, range(len(index.names))) if e.start < high and e.stop > low]
-        name = f"{blob.group}.{touched[0].name}" if touched else None
-        also = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
-        what = f"in the tensor {name}{also}" if name else "in its header"
+        names = [_key_path(blob, entry.name) for entry in touched]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        place = "the tensor" if len(names) == 1 else "the piece that holds the tensors"
+        what = f"in {place} {', '.join(names[:5])}{more}" if names else "in its header"
         return CheckpointCorruptError(
             f"{self._in(blob.name)} is damaged in bytes {low} to {high}, {what}. Resume from an older checkpoint.",
             path=self._in(blob.name),
-            tensor=name,
+            tensor=names[0] if names else None,
             byte_range=(low, high),
         )
 
@@ -297,6 +298,11 @@ def _open_directory(path: str) -> int:
         raise CheckpointFormatError(f"{path} is no checkpoint directory.") from None
     except OSError as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error}.", path=path) from error
+
+
+def _key_path(blob: Blob, name: str) -> str:
+    """Of a tensor in the state. The shared blob's names begin with their group; tensors at the top have none."""
+    return name if blob.group in ("", "rest.") else f"{blob.group}.{name}"
 
 
 def _open_in(directory: int, name: str, path: str) -> int:

@@ -7,11 +7,12 @@ to be copied; a `Destination` is memory that a stored tensor is read into. Offse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from milepost.format.layout import BlobLayout, TensorEntry
+
+if TYPE_CHECKING:  # readers of checkpoints, such as the command line, do without torch
+    import torch
 
 CHUNK_BYTES = 16 << 20
 """What one thread copies, digests and writes at a time: whole pieces, aligned for direct I/O."""

@@ -7,11 +7,13 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import Executor
-
-import torch
+from typing import TYPE_CHECKING
 
 from milepost.engine.requests import BlobPlan, Image
 from milepost.format.layout import TensorEntry
+
+if TYPE_CHECKING:
+    import torch
 
 _SPLIT_BYTES = 8 << 20  # larger tensors are copied by several threads
 

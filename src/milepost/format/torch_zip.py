@@ -7,13 +7,16 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+from milepost.errors import CheckpointFormatError
 
 
 class _Inert:
     """Stands for anything a pickle names that is not plain. Building it runs nothing."""
 
     _name = ""
+    _global = ""
     _given: tuple[Any, ...] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -33,12 +36,41 @@ class _Inert:
 
 
 class _Storage:
-    """A tensor's memory, by the name of its record: ``data/<key>``."""
+    """A tensor's memory, by the name of its record: ``data/<key>``; `kind` is the class that the pickle names."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, kind: str = "") -> None:
         self.key = key
+        self.kind = kind
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a torch file.
+
+    Attributes:
+        dtype: as safetensors names it, or torch's own name where that has none.
+        offset, stride: in elements, in the memory of the record.
+        record: name in the archive.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    record: str
+
+
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+_TYPES = {
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0", "uint16": "U16",
+    "uint32": "U32", "uint64": "U64",
+}  # fmt: skip
+
+
+_DEEPEST = 200
 _PLAIN = {("collections", "OrderedDict"): OrderedDict}  # no dict: state_dict() hangs _metadata on it
 
 
@@ -47,15 +79,56 @@ class _InertUnpickler(pickle.Unpickler):
         if (module, name) in _PLAIN:
             return _PLAIN[(module, name)]
         harmless = module == "torch" or module.startswith(("torch._utils", "torch.storage"))
-        return type("Inert", (_Inert,), {"_name": "" if harmless else f"{module}.{name}"})
+        return type(
+            "Inert", (_Inert,), {"_name": "" if harmless else f"{module}.{name}", "_global": f"{module}.{name}"}
+        )
 
     def persistent_load(self, pid: Any) -> Any:
-        return _Storage(str(pid[2])) if isinstance(pid, tuple) and len(pid) > 2 else None
+        if not isinstance(pid, tuple) or len(pid) < 3:
+            return None
+        return _Storage(str(pid[2]), getattr(pid[1], "_global", "").rpartition(".")[2])
 
 
 def _tree(archive: zipfile.ZipFile) -> Any:
     name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
     return _InertUnpickler(io.BytesIO(archive.read(name))).load()
+
+
+def contents(file: IO[bytes]) -> Any:
+    """The nested content of a torch file, tensors as `StoredTensor`. Other types stand as the text ``<their name>``.
+
+    Raises:
+        CheckpointFormatError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            prefix = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+            return _described(_tree(archive), prefix, 0)
+    except Exception as error:  # a hostile or foreign pickle may fail anywhere
+        raise CheckpointFormatError(f"It is no file of torch: {type(error).__name__}: {error}") from error
+
+
+def _described(value: Any, prefix: str, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    if isinstance(value, dict):
+        return {key: _described(item, prefix, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_described(item, prefix, depth + 1) for item in value)
+    if _is_inert(value):
+        return _tensor(value, prefix) or f"<{value._global}>"
+    return value
+
+
+def _tensor(value: Any, prefix: str) -> StoredTensor | None:
+    if value._global == "torch._utils._rebuild_parameter" and value._given and _is_inert(value._given[0]):
+        value = value._given[0]
+    if value._global not in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
+        return None
+    storage, offset, shape, stride = value._given[:4]
+    named = value._given[6]._global.rpartition(".")[2] if len(value._given) > 6 else ""
+    dtype = _STORAGES.get(storage.kind) or _TYPES.get(named, named)
+    return StoredTensor(dtype, tuple(shape), tuple(stride), int(offset), f"{prefix}data/{storage.key}")
 
 
 def refused_value(file: IO[bytes]) -> tuple[str, str] | None:

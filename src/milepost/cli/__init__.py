@@ -1,0 +1,1 @@
+"""The command line. Listing, showing, verifying and comparing import no torch."""

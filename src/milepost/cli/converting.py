@@ -1,0 +1,100 @@
+"""Conversion between the forms. This command needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from milepost.cli.reading import form_of
+from milepost.errors import CheckpointFormatError, MisconfigurationException
+
+
+def convert(source: Path, target: Path, *, unpickle: bool = False) -> None:
+    """Read `source`, verify it, and write it as `target`, whose ending says the form: ``.ckpt``, ``.safetensors``
+    (weights only) or none (a directory).
+
+    Raises:
+        CheckpointError: the source is damaged or unsafe, or the target cannot be written.
+        MisconfigurationException: the target exists already.
+    """
+    if target.exists():
+        raise MisconfigurationException(f"{target} exists already: give another target, or remove it first.")
+    state = _read(source, unpickle)
+    if target.suffix == ".safetensors":
+        _write_safetensors(_weights(state, source), target)
+    elif target.suffix in (".ckpt", ".pt", ".pth"):
+        from milepost.plugins.io.torch_io import TorchCheckpointIO
+
+        TorchCheckpointIO().save_checkpoint(state, target)
+    elif not target.suffix:
+        from milepost.engine.directory import DirectoryEngine
+
+        engine = DirectoryEngine()
+        engine.save(target, state, step=int(state.get("global_step", 0)), background=False)
+        engine.close()
+    else:
+        raise MisconfigurationException(f"{target}: end it in .ckpt, .safetensors, or nothing for a directory.")
+
+
+def _read(source: Path, unpickle: bool) -> dict[str, Any]:
+    form = form_of(source)
+    if form == "directory":
+        from milepost.engine.directory import DirectoryEngine
+
+        engine = DirectoryEngine()
+        try:
+            return engine.load(source, unpickle=unpickle)
+        finally:
+            engine.close()
+    if form == "safetensors":
+        from milepost.cli.reading import open_checkpoint
+
+        return {"state_dict": {name: _tensor(found) for name, found in open_checkpoint(source).tensors.items()}}
+    from milepost.plugins.io.torch_io import TorchCheckpointIO
+
+    return TorchCheckpointIO().load_checkpoint(source, weights_only=False if unpickle else None)
+
+
+def _tensor(found: Any) -> Any:
+    import torch
+
+    from milepost.engine.state import DTYPES
+
+    names = {name: dtype for dtype, name in DTYPES.items()}
+    if found.dtype not in names:
+        raise CheckpointFormatError(f"a tensor of type {found.dtype!r} cannot be read.")
+    data = bytearray(found.read())
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(names[found.dtype]).reshape(found.shape).clone()
+
+
+def _weights(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The flat dict of tensors that a checkpoint of a model holds: under ``state_dict`` or ``model``, or at the top."""
+    import torch
+
+    for candidate in (state.get("state_dict"), state.get("model"), state):
+        if isinstance(candidate, dict):
+            tensors = {str(k): v for k, v in candidate.items() if isinstance(v, torch.Tensor)}
+            if tensors:
+                return tensors
+    raise CheckpointFormatError(f"{source} holds no weights under 'state_dict' or 'model', or at the top.")
+
+
+def _write_safetensors(tensors: dict[str, Any], target: Path) -> None:
+    """One plain safetensors file, written as everything is: whole or not at all."""
+    from milepost.engine.planner import plan_blob
+    from milepost.engine.staging import Source
+    from milepost.engine.state import Flattened
+    from milepost.format.layout import PIECE_BYTES, pieces
+    from milepost.storage import local
+
+    leaves = Flattened({"model": tensors}).leaves
+    plan = plan_blob(target.name, "model", leaves)
+    source = Source(plan)
+    import ctypes
+
+    buffer = ctypes.create_string_buffer(PIECE_BYTES)
+    with local.replacing(target) as file:
+        for start, stop in pieces(plan.layout.size):
+            source.copy(start, stop, ctypes.addressof(buffer))
+            file.write(memoryview(buffer)[: stop - start])

@@ -1,0 +1,72 @@
+"""What ``milepost ls`` and ``prune`` know of a checkpoint: out of heads and indexes, no tensor is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from milepost.cli.reading import find, form_of, size_of
+from milepost.errors import CheckpointError
+
+Row = dict[str, Any]
+
+
+def listed(directory: Path) -> list[Row]:
+    """The checkpoints in `directory` by step and time. A damaged one is listed too, with its error."""
+    rows = [_row(path) for path in find(directory)]
+    known = _recorded(directory)
+    for row in rows:
+        record = known.get(Path(row["path"]).name)
+        if record is not None:
+            row["metrics"] = row["metrics"] or record
+    return sorted(rows, key=lambda row: (-1 if row["step"] is None else row["step"], row["time"], row["path"]))
+
+
+def _row(path: Path) -> Row:
+    row: Row = {
+        "path": str(path), "form": form_of(path), "step": None, "epoch": None, "time": path.stat().st_mtime,
+        "size_bytes": size_of(path), "metrics": {}, "error": None,
+    }  # fmt: skip
+    try:
+        row |= _directory(path) if row["form"] == "directory" else _torch_file(path) if row["form"] == "ckpt" else {}
+    except (CheckpointError, OSError) as error:
+        row["error"] = str(error)
+    return row
+
+
+def _directory(path: Path) -> Row:
+    from milepost.format import manifest
+
+    head = manifest.decode_head(_start(path / manifest.HEAD_NAME, manifest.HEAD_MAX_BYTES), str(path))
+    return {"step": head.step, "time": head.time, "metrics": manifest.metrics_as_numbers(head.metrics)}
+
+
+def _start(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def _torch_file(path: Path) -> Row:
+    from milepost.format import torch_zip
+
+    with path.open("rb") as file:
+        content = torch_zip.contents(file)
+    top = content if isinstance(content, dict) else {}
+    return {
+        name: found if isinstance(found := top.get(key), int) else None
+        for name, key in (("step", "global_step"), ("epoch", "epoch"))
+    }
+
+
+def _recorded(directory: Path) -> dict[str, dict[str, float]]:
+    """Metrics by file name, out of the ``index.json`` that `ModelCheckpoint` keeps; a ``.ckpt`` holds none itself."""
+    import json
+
+    try:
+        records = json.loads((directory / "index.json").read_bytes())["checkpoints"]
+        return {
+            str(record["path"]): {str(k): float(v) for k, v in record["metrics"].items() if isinstance(v, (int, float))}
+            for record in records
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

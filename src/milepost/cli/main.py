@@ -1,0 +1,193 @@
+"""``milepost ls | show | verify | diff | convert | prune``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from milepost.cli import tables
+from milepost.errors import MilepostError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 where something is damaged or differs, 2 for what cannot be done."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except (MilepostError, OSError) as error:
+        print(f"milepost {chosen.command}: {tables.safe(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = "Look at checkpoints, check them, compare, convert and prune them."
+    parser = argparse.ArgumentParser(prog="milepost", description=text)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[Any], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="for programs")
+        return made
+
+    ls = command("ls", _ls, "List the checkpoints in directories: form, step, epoch, size, time, metrics.")
+    ls.add_argument("directories", nargs="*", type=Path, default=[Path()])
+    show = command("show", _show, "Show what a checkpoint holds: tensors with type and shape, and all other values.")
+    show.add_argument("path", type=Path)
+    verify = command(
+        "verify", _verify, "Read every byte, compare it with its digest, and say what is damaged and where."
+    )
+    verify.add_argument("paths", nargs="+", type=Path)
+    diff = command("diff", _diff, "Compare two checkpoints: what was added, removed, changed, and by how much.")
+    diff.add_argument("one", type=Path)
+    diff.add_argument("other", type=Path)
+    convert = command("convert", _convert, "Convert between .ckpt, directory and .safetensors (weights only).")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.add_argument(
+        "--unpickle", action="store_true", help="load pickled objects of the source, which runs code that it names"
+    )
+    prune = command("prune", _prune, "Remove the checkpoints in a directory that no rule keeps.")
+    prune.add_argument("directory", type=Path)
+    prune.add_argument("--keep-newest", type=int, metavar="N", default=0)
+    prune.add_argument("--keep-best", type=int, metavar="K", default=0)
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", default=0)
+    prune.add_argument("--monitor", help="metric that --keep-best ranks by")
+    prune.add_argument("--mode", choices=("min", "max"), default="min")
+    prune.add_argument("--yes", action="store_true", help="remove; without it only what would be removed is listed")
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _ls(chosen: Any) -> int:
+    from milepost.cli.listing import listed
+
+    rows = [row for directory in chosen.directories for row in listed(directory)]
+    if chosen.json:
+        _print_json(rows)
+    elif not rows:
+        print("no checkpoints")
+    else:
+        cells = [
+            [
+                row["path"], row["form"], tables.number(row["step"]), tables.number(row["epoch"]),
+                tables.size(row["size_bytes"]), tables.moment(row["time"]),
+                row["error"] or "  ".join(f"{k}={tables.number(v)}" for k, v in row["metrics"].items()),
+            ]
+            for row in rows
+        ]  # fmt: skip
+        print(tables.table(["checkpoint", "form", "step", "epoch", "size", "saved", "metrics"], cells, right=(2, 3, 4)))
+    return 0
+
+
+def _show(chosen: Any) -> int:
+    from milepost.cli.reading import open_checkpoint
+
+    found = open_checkpoint(chosen.path)
+    tensors = found.tensors.items()
+    if chosen.json:
+        _print_json(
+            {
+                "path": found.path, "form": found.form, "step": found.step, "epoch": found.epoch, "time": found.time,
+                "size_bytes": found.size_bytes, "metrics": found.metrics, "values": found.values,
+                "tensors": {n: {"dtype": t.dtype, "shape": t.shape, "size_bytes": t.size_bytes} for n, t in tensors},
+            }
+        )  # fmt: skip
+        return 0
+    metrics = "  ".join(f"{k}={tables.number(v)}" for k, v in found.metrics.items())
+    total = sum(t.size_bytes for t in found.tensors.values())
+    print(tables.safe(f"{found.path}: {found.form}, step {found.step}, {tables.size(found.size_bytes)}  {metrics}"))
+    rows = [[n, t.dtype, str(list(t.shape)), tables.size(t.size_bytes)] for n, t in tensors]
+    print(tables.table([f"{len(rows)} tensors", "type", "shape", tables.size(total)], rows, right=(3,)))
+    print(tables.table(["", ""], [[name, text] for name, text in found.values.items()]))
+    return 0
+
+
+def _verify(chosen: Any) -> int:
+    from milepost.cli.reading import find, verify
+    from milepost.errors import CheckpointCorruptError, CheckpointError
+
+    rows: list[dict[str, Any]] = []
+    for path in [found for given in chosen.paths for found in find(given)]:
+        row: dict[str, Any] = {"path": str(path), "state": "sound", "why": None, "tensor": None, "byte_range": None}
+        try:
+            if (why := verify(path)) is not None:
+                row |= {"state": "not verifiable", "why": why}
+        except CheckpointError as error:
+            row |= {"state": "damaged", "why": str(error)}
+            if isinstance(error, CheckpointCorruptError):
+                row |= {"tensor": error.tensor, "byte_range": error.byte_range}
+        rows.append(row)
+        if not chosen.json:
+            print(tables.safe(f"{path}: {row['state']}" + (f": {row['why']}" if row["why"] else "")), flush=True)
+    if chosen.json:
+        _print_json(rows)
+    return int(any(row["state"] == "damaged" for row in rows))
+
+
+def _diff(chosen: Any) -> int:
+    from milepost.cli.comparing import compare
+    from milepost.cli.reading import open_checkpoint
+
+    changes = compare(open_checkpoint(chosen.one), open_checkpoint(chosen.other), _progress("compared"))
+    if chosen.json:
+        _print_json(changes)
+    elif not changes:
+        print("equal")
+    else:
+        rows = [
+            [
+                c["name"], c["kind"], tables.number(c.get("largest")), tables.number(c.get("relative")),
+                str(c.get("differing") or ""), f"{c['from']} → {c['to']}" if "to" in c else "",
+            ]
+            for c in changes
+        ]  # fmt: skip
+        print(tables.table(["name", "what", "largest", "relative", "elements", ""], rows, right=(2, 3, 4)))
+    return int(bool(changes))
+
+
+def _convert(chosen: Any) -> int:
+    from milepost.cli.converting import convert
+
+    convert(chosen.source, chosen.target, unpickle=chosen.unpickle)
+    if chosen.json:
+        _print_json({"path": str(chosen.target)})
+    else:
+        print(tables.safe(f"{chosen.source} → {chosen.target}"))
+    return 0
+
+
+def _prune(chosen: Any) -> int:
+    from milepost.cli.pruning import prune
+
+    kept, removed = prune(
+        chosen.directory, newest=chosen.keep_newest, best=chosen.keep_best, every=chosen.keep_every,
+        monitor=chosen.monitor, mode=chosen.mode, really=chosen.yes,
+    )  # fmt: skip
+    if chosen.json:
+        _print_json({"kept": kept, "removed": removed, "done": chosen.yes})
+        return 0
+    for path in removed:
+        print(tables.safe(f"{'removed' if chosen.yes else 'would remove'} {path}"))
+    print(f"{len(kept)} kept, {len(removed)} {'removed' if chosen.yes else 'to remove; nothing was done: add --yes'}")
+    return 0
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """Counts on a terminal's standard error, overwritten in place; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done}/{total} {what}", end="" if done + 1 < total else "\r\033[K", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,255 @@
+"""A checkpoint of any form, as the commands see it: read without torch, nothing of it run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import CheckpointFormatError, CheckpointNotFoundError
+from milepost.format.layout import ITEM_BYTES
+from milepost.format.manifest import HEAD_NAME
+
+_HEADER_MAX_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        dtype: as safetensors names it, or torch's name.
+        read: its bytes in C order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint.
+
+    Attributes:
+        form: ``directory``, ``ckpt`` or ``safetensors``.
+        metrics: empty where the form has none.
+        tensors: by key path.
+        values: what is no tensor, by key path, as text for people.
+        time: of the save, or of the file, in seconds since 1970.
+    """
+
+    path: str
+    form: str
+    step: int | None
+    epoch: int | None
+    time: float
+    size_bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+
+
+def form_of(path: Path) -> str | None:
+    """Which form a checkpoint at `path` has, None where it is none."""
+    if path.is_dir():
+        return "directory" if (path / HEAD_NAME).is_file() else None
+    if not path.is_file():
+        return None
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    return "ckpt" if zipfile.is_zipfile(path) else None
+
+
+def find(directory: Path) -> list[Path]:
+    """Checkpoints in `directory`, or the one that it is."""
+    if form_of(directory) is not None:
+        return [directory]
+    if not directory.is_dir():
+        raise CheckpointNotFoundError(f"There is nothing at {directory}.")
+    return sorted(p for p in directory.iterdir() if not p.name.startswith(".") and form_of(p) is not None)
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Read what a checkpoint holds, but not its tensors' bytes.
+
+    Raises:
+        CheckpointError: it is not there, of no form that is known, or damaged.
+    """
+    form = form_of(path)
+    if form == "directory":
+        return _directory(path)
+    if form == "safetensors":
+        return _safetensors(path)
+    if form == "ckpt":
+        return _torch_file(path)
+    if not path.exists():
+        raise CheckpointNotFoundError(f"There is nothing at {path}.")
+    raise CheckpointFormatError(
+        f"{path} is no checkpoint: neither a directory with a {HEAD_NAME}, nor a file of torch."
+    )
+
+
+def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> str | None:
+    """Check every byte. Returns why that cannot be done where the form holds no digests, None where all is sound.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    form = form_of(path)
+    if form == "directory":
+        from milepost.engine.reader import StoredCheckpoint
+        from milepost.engine.writer import Workers
+
+        workers = Workers(2)
+        try:
+            with StoredCheckpoint(path) as stored:
+                stored.verify(workers)
+        finally:
+            workers.close()
+        return None
+    if form == "ckpt":
+        from milepost.format import sealed
+
+        with path.open("rb") as file:
+            return None if sealed.verify(file, str(path)) else "it has no checksums"
+    open_checkpoint(path)
+    return "a safetensors file holds no digests"
+
+
+def size_of(path: Path) -> int:
+    """Bytes on the disk, a linked file counted in full."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+# ---- the three forms -------------------------------------------------------------------------------------------------
+
+
+def _directory(path: Path) -> Opened:
+    from milepost.engine.reader import StoredCheckpoint
+    from milepost.format.codec import Tagged, TensorRef
+    from milepost.format.manifest import metrics_as_numbers
+
+    with StoredCheckpoint(path) as stored:
+        head, tree = stored.head, stored.tree
+        indexes = [stored.index(n) for n in range(len(head.blobs))]
+    tensors, values = {}, {}
+    for name, value in _leaves(tree, lambda v: v.data if isinstance(v, Tagged) else v):
+        if not isinstance(value, TensorRef):
+            values[name] = _text(value)
+            continue
+        if value.blob >= len(indexes) or value.row >= len(indexes[value.blob].names):
+            raise CheckpointFormatError(f"{path}: the tree refers to {value}, which is not there.")
+        index = indexes[value.blob]
+        entry, other = index.entry(value.row), index.stored_as.get(str(value.row))
+        dtype, shape = (entry.dtype, entry.shape) if other is None else (other[0], tuple(other[1]))
+        blob = path / head.blobs[value.blob].name
+        tensors[name] = Tensor(dtype, shape, entry.size, _range_reader(blob, entry.start, entry.stop))
+    epoch = tree.get("epoch") if isinstance(tree, dict) else None
+    return Opened(
+        str(path), "directory", head.step, epoch if isinstance(epoch, int) else None, head.time, size_of(path),
+        metrics_as_numbers(head.metrics), tensors, values,
+    )  # fmt: skip
+
+
+def _torch_file(path: Path) -> Opened:
+    from milepost.format import torch_zip
+
+    with path.open("rb") as file:
+        content = torch_zip.contents(file)
+    tensors, values = {}, {}
+    for name, value in _leaves(content, lambda v: v):
+        if isinstance(value, torch_zip.StoredTensor):
+            width = ITEM_BYTES.get(value.dtype) or (16 if value.dtype == "complex128" else 1)
+            size = width * math.prod(value.shape)
+            tensors[name] = Tensor(value.dtype, value.shape, size, _record_reader(path, value, width))
+        else:
+            values[name] = _text(value)
+    top = content if isinstance(content, dict) else {}
+    step, epoch = (n if isinstance(n, int) else None for n in (top.get("global_step"), top.get("epoch")))
+    stat = path.stat()
+    return Opened(str(path), "ckpt", step, epoch, stat.st_mtime, stat.st_size, {}, tensors, values)
+
+
+def _safetensors(path: Path) -> Opened:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _HEADER_MAX_BYTES):
+            raise CheckpointFormatError(f"{path} is no safetensors file: its header would have {length} bytes.")
+        try:
+            header = dict(json.loads(file.read(length)))
+            metadata = {f"__metadata__.{k}": str(v) for k, v in dict(header.pop("__metadata__", {})).items()}
+            tensors = {name: _described(path, item, 8 + length, size) for name, item in header.items()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointFormatError(f"{path} is no safetensors file: {error}.") from error
+    return Opened(str(path), "safetensors", None, None, path.stat().st_mtime, size, {}, tensors, metadata)
+
+
+def _described(path: Path, item: dict[str, Any], base: int, size: int) -> Tensor:
+    start, stop = (base + int(n) for n in item["data_offsets"])
+    if not base <= start <= stop <= size:
+        raise ValueError(f"a tensor at bytes {start} to {stop} of {size}")
+    return Tensor(str(item["dtype"]), tuple(map(int, item["shape"])), stop - start, _range_reader(path, start, stop))
+
+
+# ---- leaves ----------------------------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Any, open_up: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+    """Everything that is no container, with its key path. Named tuples, such as references, are leaves."""
+    stack: list[tuple[str, Any]] = [("", tree)]
+    while stack:
+        path, value = stack.pop()
+        value = open_up(value)
+        if isinstance(value, dict) and value:
+            items = [(str(k), v) for k, v in value.items()]
+        elif type(value) in (list, tuple) and value and any(_holds_more(v) for v in value):
+            items = [(str(n), v) for n, v in enumerate(value)]
+        else:
+            yield path, value
+            continue
+        stack.extend((f"{path}.{k}" if path else k, v) for k, v in reversed(items))
+
+
+def _holds_more(value: Any) -> bool:
+    return not isinstance(value, (str, int, float, bool, bytes, type(None)))
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _range_reader(path: Path, start: int, stop: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    return read
+
+
+def _record_reader(path: Path, tensor: Any, width: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        import numpy
+
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(tensor.record)
+        flat = numpy.frombuffer(data, dtype=f"V{width}")
+        last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True))
+        if math.prod(tensor.shape) == 0:
+            return b""
+        if min((tensor.offset, *tensor.stride, *tensor.shape)) < 0 or last >= len(flat):
+            raise CheckpointFormatError(f"{path}: a tensor reaches beyond its record {tensor.record}.")
+        steps = [s * width for s in tensor.stride]
+        view = numpy.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, steps, writeable=False)
+        return numpy.ascontiguousarray(view).tobytes()
+
+    return read
