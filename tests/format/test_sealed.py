@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from milepost.errors import CheckpointCorruptError, CheckpointFormatError
-from milepost.format import sealed
+from milepost.format import sealed, torch_zip
 
 PIECE = sealed.PIECE_BYTES
 
@@ -257,3 +257,16 @@ def test_a_file_of_old_torch_cannot_be_verified() -> None:
     torch.save({"w": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
     assert sealed.verify(file, "a") is False
     error_of(b"\x80\x02}q\x00.")
+
+
+def test_a_pickle_that_nests_its_objects_without_end_is_walked_once() -> None:
+    calls = b"".join(
+        b"cforeign\nThing\n(h" + bytes([n]) + b"h" + bytes([n]) + b"tRq" + bytes([n + 1]) for n in range(60)
+    )
+    pickled = b"\x80\x02cforeign\nThing\n)Rq\x00" + calls + b"."
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    with zipfile.ZipFile(file) as archive:
+        assert torch_zip.tensors_of_records(archive) == {}
+    assert torch_zip.refused_value(file) == ("", "foreign.Thing")

@@ -197,3 +197,64 @@ def test_a_name_that_a_killed_link_left_is_swept(tmp_path: Path) -> None:
     write(tmp_path / "b.ckpt", b"b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "b.ckpt"]
     assert (tmp_path / "a.ckpt").read_bytes() == b"a"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is fsynced and renamed, in order, and what it is called then; all of it is done as well."""
+    seen: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(number: int) -> None:
+        seen.append(("fsync", Path(f"/proc/self/fd/{number}").readlink().name))
+        fsync(number)
+
+    def note_replace(source: Any, target: Any) -> None:
+        seen.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return seen
+
+
+def test_the_file_is_durable_before_its_name_and_its_name_before_the_return(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    write(tmp_path / "a.ckpt", b"whole")
+    (_, pending), *others = calls
+    assert calls[0][0] == "fsync" and pending.startswith(".a.ckpt.") and pending.endswith(".pending")
+    assert others == [("rename", "a.ckpt"), ("fsync", tmp_path.name)]
+    calls.clear()
+    local.link(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert calls == [("rename", "b.ckpt"), ("fsync", tmp_path.name)]
+    calls.clear()
+    local.remove(tmp_path / "b.ckpt")
+    assert calls == [("fsync", tmp_path.name)]
+
+
+def test_directories_that_a_save_makes_are_durable_entries_of_their_parents(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    write(tmp_path / "one" / "two" / "a.ckpt", b"whole")
+    assert calls[:2] == [("fsync", tmp_path.name), ("fsync", "one")] and calls[-1] == ("fsync", "two")
+    calls.clear()
+    write(tmp_path / "one" / "two" / "a.ckpt", b"whole")
+    assert len(calls) == 3
+
+
+def test_a_directory_that_cannot_be_synced_after_the_rename_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.ckpt", b"old")
+    real = os.fsync
+
+    def refuse_directories(number: int) -> None:
+        if Path(f"/proc/self/fd/{number}").is_dir():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    with pytest.raises(CheckpointSaveError, match=r"Input/output error.*in its place.*power cut") as caught:
+        write(tmp_path / "a.ckpt", b"new")
+    assert "intact" not in str(caught.value) and (tmp_path / "a.ckpt").read_bytes() == b"new"

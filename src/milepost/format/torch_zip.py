@@ -165,11 +165,16 @@ def _is_inert(value: Any) -> bool:
 
 
 def _storage_keys(value: Any) -> Iterator[str]:
-    if isinstance(value, _Storage):
-        yield value.key
-    elif isinstance(value, _Inert):
-        for part in value._given:
-            yield from _storage_keys(part)
+    """The records that a tensor, or what a pickle has made of one, was built from."""
+    seen: set[int] = set()  # a pickle can nest a few objects in each other more often than anybody can count
+    stack = [value]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, _Storage):
+            yield part.key
+        elif isinstance(part, _Inert) and id(part) not in seen:
+            seen.add(id(part))
+            stack.extend(part._given)
 
 
 def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
