@@ -258,3 +258,16 @@ def test_a_directory_that_cannot_be_synced_after_the_rename_is_told_as_that(
     with pytest.raises(CheckpointSaveError, match=r"Input/output error.*in its place.*power cut") as caught:
         write(tmp_path / "a.ckpt", b"new")
     assert "intact" not in str(caught.value) and (tmp_path / "a.ckpt").read_bytes() == b"new"
+
+
+def test_a_sweep_in_the_middle_of_a_link_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.ckpt", b"a")
+    real = os.link
+
+    def link_then_sweep(source: Any, target: Any) -> None:
+        real(source, target)
+        local.sweep(tmp_path)  # as a save in another process would, at the worst moment
+
+    monkeypatch.setattr(os, "link", link_then_sweep)
+    assert local.link(tmp_path / "a.ckpt", tmp_path / "last.ckpt") is True
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "last.ckpt"]
