@@ -158,6 +158,11 @@ def test_parts_are_attributes_of_the_package_without_an_import_of_their_own() ->
     assert subprocess.run([sys.executable, "-c", code], cwd=SOURCE.parent, check=False).returncode == 0
 
 
+def test_importing_the_trainer_leaves_slow_packages_alone() -> None:
+    code = "import sys, milepost.trainer.trainer; sys.exit(bool({'torchmetrics', 'tensorboard'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SOURCE.parent, check=False).returncode == 0
+
+
 def test_a_forbidden_import_inside_a_function_is_seen() -> None:
     tree = ast.parse("def f():\n    from milepost.engine import retention\n")
     assert list(imports_of(tree, "milepost.trainer.x", False, inside_functions=True)) == ["milepost.engine.retention"]

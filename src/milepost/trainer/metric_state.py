@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.wrappers import MetricTracker
-from torchmetrics.wrappers.abstract import WrapperMetric
+
+if TYPE_CHECKING:  # importing it takes longer than torch does, so that is left to those who use it
+    from torchmetrics import Metric, MetricCollection
+    from torchmetrics.wrappers import MetricTracker
 
 _COMPILED = "_orig_mod."
 # what wrappers keep beside the states that they declare
 _UNDECLARED = ("min_val", "max_val", "_num_vals_seen", "_increment_called")
+
+
+def is_metric(value: Any) -> TypeGuard[Metric]:
+    """Whether `value` is a metric object of torchmetrics. Nothing is before that has been imported."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
+
+
+def is_collection(value: Any) -> TypeGuard[MetricCollection]:
+    """Whether `value` is a MetricCollection."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.MetricCollection)
 
 
 def metric_paths(module: nn.Module) -> dict[int, str]:
@@ -35,12 +49,12 @@ def metric_states(module: nn.Module, skip: Collection[int] = ()) -> dict[str, An
         skip: ids of those that are about to be reset.
     """
     for part in module.modules():
-        if isinstance(part, MetricCollection):
+        if is_collection(part):
             part.values(copy_state=False)  # members of a compute group are brought up to date only when asked for
     states: dict[str, Any] = {
         path: _state(metric)
         for path, metric in _metrics(module)
-        if id(metric) not in skip and (metric._update_count or isinstance(metric, WrapperMetric))
+        if id(metric) not in skip and (metric._update_count or _is_wrapper(metric))
     }
     for path, tracker in _trackers(module):
         if len(tracker):
@@ -62,11 +76,21 @@ def restore_metric_states(module: nn.Module, states: dict[str, Any]) -> None:
 
 def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
     for path, part in module.named_modules():
-        if isinstance(part, Metric):
+        if is_metric(part):
             yield path.replace(_COMPILED, ""), part
 
 
+def _is_wrapper(metric: Metric) -> bool:
+    from torchmetrics.wrappers.abstract import WrapperMetric
+
+    return isinstance(metric, WrapperMetric)
+
+
 def _trackers(module: nn.Module) -> Iterator[tuple[str, MetricTracker]]:
+    if "torchmetrics" not in sys.modules:
+        return
+    from torchmetrics.wrappers import MetricTracker
+
     for path, part in module.named_modules():
         if isinstance(part, MetricTracker):
             yield path.replace(_COMPILED, ""), part

@@ -7,14 +7,16 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torchmetrics import Metric
 
 from milepost.errors import MisconfigurationException
-from milepost.trainer.metric_state import metric_paths, metrics_by_path
+from milepost.trainer.metric_state import is_metric, metric_paths, metrics_by_path
 from milepost.trainer.transfer import map_tensors
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 _STEP_HOOKS = frozenset(
     {
@@ -301,7 +303,7 @@ class Metrics:
                 " with add_dataloader_idx=False: give each its own name."
             )
         entry.options = options
-        if isinstance(value, Metric):
+        if is_metric(value):
             entry.metric = value
             last = getattr(value, "_forward_cache", None)
             entry.value = last.detach() if isinstance(last, torch.Tensor) else None

@@ -13,19 +13,21 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from milepost import _distributed
 from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer.hparams import Hyperparameters
+from milepost.trainer.metric_state import is_collection
 from milepost.trainer.metrics import LogOptions
 from milepost.trainer.rebuild import instantiate, on_the_class_only, read_hparams
 from milepost.trainer.state import read_checkpoint, without_compile_prefix, without_compiled_part
 from milepost.trainer.transfer import map_tensors, numbers_to_tensors
 
 if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
     from milepost.loggers.logger import Logger
     from milepost.trainer.trainer import Trainer
 
@@ -258,7 +260,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
     def log_dict(self, dictionary: Mapping[str, Any] | MetricCollection, **options: Any) -> None:
         """`log` each item of `dictionary` (a torchmetrics MetricCollection too) with the same `options`."""
         items: Any = dictionary.items()
-        if isinstance(dictionary, MetricCollection):
+        if is_collection(dictionary):
             items = dictionary.items(keep_base=False, copy_state=not dictionary._enable_compute_groups)
         for name, value in items:
             self.log(name, value, **options)
