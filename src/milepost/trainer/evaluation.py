@@ -47,7 +47,13 @@ class EvaluationLoop:
         step_defined = self.stage == "predict" or is_overridden(
             f"{self.stage}_step", self.trainer.lightning_module, Module
         )
-        return step_defined and getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches") != 0
+        return step_defined and self.limit != 0
+
+    @property
+    def limit(self) -> int | float:
+        """The Trainer's ``limit_*_batches`` for this loop."""
+        limit: int | float = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
+        return limit
 
     def forget_data(self) -> None:
         """A new run asks for its own loaders."""
@@ -61,11 +67,10 @@ class EvaluationLoop:
         if not (self.stream is None or due):
             return
         self.close()
-        limit = getattr(self.trainer, f"limit_{_PREFIX[self.stage]}_batches")
         again, self.loading_to_repeat = self.loading_to_repeat, None
         self.loading = again or Loading.now(epoch)
         with nullcontext() if again is None else again.repeated(self.trainer):
-            self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], limit)
+            self.stream = evaluation_stream(self.trainer, _PREFIX[self.stage], self.limit)
         if again is None:  # else the count comes from the checkpoint
             self.seen_batches = {}
         if again is not None and again.resting is not None and self.stream is not None:

@@ -170,6 +170,8 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
     with isolated_rng(), loop.without_gradients():
         trainer.data_seed = run_seed()
         loop.load_data()
+        if loop.limit == 0:
+            return None if fn == "predict" else []
         if loop.stream is None:
             prefix = {"validate": "val"}.get(fn, fn)
             raise MisconfigurationException(
