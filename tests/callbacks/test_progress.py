@@ -158,12 +158,8 @@ def test_a_real_terminal_shows_training_with_the_validation_under_it(tmp_path: P
     assert re.search(r"Epoch 1/1 ━+ 6/6 .* val: \S+\s*$", shown.rstrip())  # stays when the run has ended
 
 
-def test_a_run_that_goes_on_inside_an_epoch_begins_there(tmp_path: Path) -> None:
-    on_a_terminal(str(tmp_path), CI="1")
+def test_a_build_log_stays_clean_and_a_run_that_goes_on_inside_an_epoch_begins_there(tmp_path: Path) -> None:
+    assert on_a_terminal(str(tmp_path), CI="1") == "written by the user\r\n" * 2
     shown = on_a_terminal(str(tmp_path / "more"), str(tmp_path / "step=9.ckpt"))
     assert "Sanity" not in shown and "Epoch 0/1" not in shown
     assert re.findall(r"Epoch 1/1 .*? (\d)/6", shown)[0] in "34"
-
-
-def test_the_log_of_an_automatic_build_stays_clean(tmp_path: Path) -> None:
-    assert on_a_terminal(str(tmp_path), CI="1") == "written by the user\r\n" * 2
