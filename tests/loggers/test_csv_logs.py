@@ -52,6 +52,14 @@ def test_flushes_by_count(tmp_path: Path) -> None:
     assert len(rows(logger)) == 2
 
 
+def test_flushes_by_steps_where_few_of_them_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=100)
+    logger.log_metrics({"a": 1.0}, step=49)
+    assert not logger.metrics_file.exists()
+    logger.log_metrics({"a": 1.0}, step=99)
+    assert len(rows(logger)) == 2
+
+
 def test_hyperparameters_are_readable_and_kept(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams({"lr": 0.1})

@@ -31,8 +31,8 @@ class CSVLogger(LocalLogger):
         name: name of the experiment, a folder below `save_dir`; None or "" for none.
         version: number or folder name of the run; the next free number if None.
         prefix: put before each metric's name, as ``prefix-name``.
-        flush_logs_every_n_steps: rows are written once this many `log_metrics` calls are collected; also with each
-            checkpoint, and when the run ends.
+        flush_logs_every_n_steps: rows are written once so many steps have passed, or so many rows are collected; also
+            with each checkpoint, and when the run ends.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class CSVLogger(LocalLogger):
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None  # of the file, once it was looked at
         self._written = 0
+        self._flushed_step = -1
         self._last_row: dict[str, str] = {}
 
     @property
@@ -66,13 +67,15 @@ class CSVLogger(LocalLogger):
         return self
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Collect one row; it reaches the disk every `flush_logs_every_n_steps` calls, or with `save`."""
+        """Collect one row; it reaches the disk every `flush_logs_every_n_steps` steps, or with `save`."""
         if _distributed.rank() != 0:
             return
         row = plain_metrics(metrics, self._prefix)
-        self._rows.append({**row, "step": self._written + len(self._rows) if step is None else step})
-        if len(self._rows) >= self._flush_every:
+        step = self._written + len(self._rows) if step is None else step
+        self._rows.append({**row, "step": step})
+        if len(self._rows) >= self._flush_every or step - self._flushed_step >= self._flush_every:
             self.save()
+            self._flushed_step = max(step, self._flushed_step)
 
     def save(self) -> None:
         """Write the collected rows."""
