@@ -83,9 +83,9 @@ def fit(side: Any, model: Any, place: Path, epochs: int, resume: Path | None = N
     callbacks = [*options.pop("callbacks", []), side.callbacks.ModelCheckpoint(dirpath=place, **own)]
     trainer = side.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, callbacks=callbacks, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=1, **options,
+        enable_model_summary=False, log_every_n_steps=1, **{"num_sanity_val_steps": 1, **options},
     )  # fmt: skip
-    validates = hasattr(type(model), "validation_step") and "validation_step" in vars(type(model))
+    validates = any("validation_step" in vars(kind) for kind in type(model).__mro__ if kind.__module__ == __name__)
     trainer.fit(model, loader(), loader() if validates else None, ckpt_path=None if resume is None else str(resume))
     return trainer
 
@@ -116,7 +116,7 @@ JOBS = {
     "every epoch": (line, {}),
     "on validation end": (line, {"save_on_train_epoch_end": False}),
     "inside an epoch": (line, {"every_n_train_steps": 4}),
-    "validating inside an epoch": (line, {"val_check_interval": 2, "monitor": "held"}),
+    "validating inside an epoch": (line, {"val_check_interval": 3, "monitor": "held"}),
     "accumulating": (line, {"accumulate_grad_batches": 4, "every_n_train_steps": 1}),
     "manual": (pair, {"every_n_train_steps": 5}),
 }
@@ -137,6 +137,54 @@ def test_our_files_are_lightnings_but_for_our_key(job: str, tmp_path: Path) -> N
         assert ours["callbacks"].keys() == theirs["callbacks"].keys()
         del ours["callbacks"], theirs["callbacks"]  # other directories; compared where they are put back
         assert list(differences(ours, theirs)) == [], name
+
+
+def traced(side: Any, build: Any) -> Any:
+    """The job of `build`, which notes each batch that it trains on or validates, and each end of an epoch."""
+
+    class Traced(type(build(side))):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.trace: list[Any] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.trace.append(("train", self.current_epoch, batch_idx, self.global_step, float(batch[0][0, 0])))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.trace.append(("validate", self.current_epoch, batch_idx, self.global_step))
+            super().validation_step(batch, batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            self.trace.append(("end", self.current_epoch))
+            super().on_train_epoch_end()
+
+    if build is pair:
+        del Traced.validation_step
+    torch.manual_seed(3)
+    return Traced()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_each_file_of_a_job_is_resumed_at_its_place(job: str, tmp_path: Path) -> None:
+    """Lightning's file goes on here as if unbroken, data and all; ours goes on there as Lightning's own does."""
+    build, options = JOBS[job]
+    own = {k: v for k, v in options.items() if k in ("val_check_interval", "accumulate_grad_batches")}
+    quiet = {**own, "save_top_k": 0, "num_sanity_val_steps": 0}
+    for side in (milepost, pl):
+        everything = {**options, "save_top_k": -1, "filename": "{epoch}-{step}"}
+        fit(side, build(side), tmp_path / side.__name__, 2, **everything)
+    whole = traced(milepost, build)
+    fit(milepost, whole, tmp_path / "none", 3, **quiet)
+    for file in sorted((tmp_path / "pytorch_lightning").glob("*.ckpt")):
+        here, there, reference = traced(milepost, build), traced(pl, build), traced(pl, build)
+        fit(milepost, here, tmp_path / "none", 3, file, **quiet)
+        assert here.trace == whole.trace[-len(here.trace) :], file.name
+        assert same(here, whole), file.name
+        fit(pl, there, tmp_path / "none", 3, tmp_path / "milepost" / file.name, **quiet)
+        fit(pl, reference, tmp_path / "none", 3, file, **quiet)
+        assert there.trace == reference.trace, file.name
+        assert same(there, reference), file.name
 
 
 @BOTH_WAYS
@@ -240,6 +288,31 @@ def test_the_data_module_goes_on(writer: Any, reader: Any, tmp_path: Path) -> No
     assert loaded.hparams["batch_size"] == 2, "of the second run, which went on with its own"
 
 
+def stepwise_plateau(side: Any) -> Any:
+    class Plateau(type(line(side))):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=0.9)
+            options = {"scheduler": scheduler, "monitor": "held", "interval": "step", "strict": False}
+            return {"optimizer": optimizer, "lr_scheduler": options}
+
+    torch.manual_seed(3)
+    return Plateau()
+
+
+def test_a_plateau_of_steps_takes_the_one_that_is_due_after_the_validation(tmp_path: Path) -> None:
+    options = {"val_check_interval": 3, "monitor": "held", "save_top_k": -1}
+    fit(pl, stepwise_plateau(pl), tmp_path, 2, filename="{step}", **options)
+    whole = fit(milepost, stepwise_plateau(milepost), tmp_path / "whole", 3, **options)
+    for step in (3, 9):
+        path = tmp_path / f"step={step}.ckpt"
+        resumed = fit(milepost, stepwise_plateau(milepost), tmp_path / "next", 3, path, **options)
+        schedulers = [t.lr_scheduler_configs[0].scheduler.state_dict() for t in (resumed, whole)]
+        assert schedulers[0] == schedulers[1]
+        assert resumed.fit_loop.progress.batches_that_stepped == 3 * BATCHES
+        assert same(resumed.lightning_module, whole.lightning_module)
+
+
 def compiled() -> Any:
     torch.manual_seed(3)
     return torch.compile(torch.nn.Linear(2, 1), backend="eager")
@@ -268,8 +341,9 @@ def test_our_file_of_a_compiled_module_is_read_by_an_uncompiled_one_of_lightning
     assert [p.tolist() for p in loaded.parameters()] == [p.tolist() for p in trained.parameters()]
 
 
-def test_a_file_written_inside_a_validation_does_all_of_it_again(tmp_path: Path) -> None:
-    class Saver(milepost.Callback):
+@pytest.mark.parametrize("writer", [pl, milepost])
+def test_a_file_written_inside_a_validation_does_all_of_it_again(writer: Any, tmp_path: Path) -> None:
+    class Saver(writer.Callback):  # type: ignore[misc]
         def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if _[2] == 2 and not trainer.sanity_checking and trainer.current_epoch == 0:
                 trainer.save_checkpoint(tmp_path / "inside.ckpt")
@@ -280,7 +354,7 @@ def test_a_file_written_inside_a_validation_does_all_of_it_again(tmp_path: Path)
         def on_validation_batch_end(self, *_: Any) -> None:
             self.batches += 1
 
-    fit(milepost, line(milepost), tmp_path, 1, callbacks=[Saver()])
+    fit(writer, line(writer), tmp_path, 1, callbacks=[Saver()])
     resumed, whole, count = line(milepost), line(milepost), Count()
     fit(milepost, resumed, tmp_path / "next", 2, tmp_path / "inside.ckpt", callbacks=[count])
     fit(milepost, whole, tmp_path / "whole", 2)

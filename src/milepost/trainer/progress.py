@@ -134,7 +134,11 @@ class FitProgress:
             return Phase.BETWEEN_EPOCHS if epoch.completed == epoch.processed else Phase.EPOCH_END
         if epoch.started < epoch.ready:
             return Phase.EPOCH_START
-        return Phase.BATCH_END if batch.completed < batch.processed else Phase.BATCH_DONE
+        if batch.completed < batch.processed or self.validation_unfinished:
+            return Phase.BATCH_END  # cut short, a validation is done again from its start
+        manual = self.manual_step.total.completed > 0
+        steps = (self.batch if manual else self.optimizer_step).total.completed
+        return Phase.VALIDATED if self.batches_that_stepped < steps else Phase.BATCH_DONE
 
 
 def evaluation_state() -> dict[str, Any]:

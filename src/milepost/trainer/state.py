@@ -169,8 +169,6 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     _restore_optimizers(trainer, checkpoint)
     exact = checkpoint.get("milepost")
     loop.resumed = loop.phase = Phase(exact["phase"]) if exact else loop.progress.inferred_phase()
-    if loop.phase is Phase.BATCH_DONE and loop.progress.validation_unfinished:
-        loop.resumed = loop.phase = Phase.BATCH_END  # saved inside a validation: all of it is done again
     if loop.phase is Phase.BETWEEN_EPOCHS:
         loop.progress.epoch.current.completed = loop.progress.epoch.current.processed
     if trainer.max_epochs not in (None, -1) and trainer.current_epoch > trainer.max_epochs:
@@ -183,7 +181,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         _restore_exactly(trainer, checkpoint)
         return
     trainer.metrics.recall(watched_values(checkpoint, trainer.ckpt_path or ""))
-    if loop.phase in (Phase.BATCH_END, Phase.BATCH_DONE):
+    if loop.phase in (Phase.BATCH_END, Phase.VALIDATED, Phase.BATCH_DONE):
         own_states = checkpoint["loops"]["fit_loop"].get("state_dict", {}).get("combined_loader")
         loop.stream_state = {"batches_seen": loop.progress.batch.current.processed, "own_states": own_states}
         if not loop.progress.batch.is_last_batch:
