@@ -354,8 +354,8 @@ NAMES = [
 ]  # fmt: skip
 TAGS = [
     "plain", "enum", "numpy_scalar", "numpy", "numpy_dtype", "list", "tuple", "set", "frozenset", "slice", "namedtuple",
-    "dataclass", "dict", "defaultdict", "Namespace", "SimpleNamespace", "datetime", "time", "date", "timedelta",
-    "Decimal", "Fraction", "UUID", "range", "PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath", "nonsense",
+    "omegaconf", "dataclass", "dict", "defaultdict", "Namespace", "SimpleNamespace", "datetime", "time", "date",
+    "timedelta", "Decimal", "Fraction", "UUID", "range", "PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath", "nonsense",
 ]  # fmt: skip
 SCALARS = st.one_of(
     st.none(),
@@ -375,7 +375,7 @@ def _forms(inner: Any) -> Any:
     form = st.fixed_dictionaries(
         {"type": st.sampled_from(TAGS), "value": inner},
         optional={"class": st.sampled_from(NAMES) | inner, "dtype": SCALARS, "shape": inner, "factory": SCALARS,
-                  "attributes": inner},
+                  "attributes": inner, "flags": inner},
     )  # fmt: skip
     pairs = st.lists(st.tuples(inner, inner).map(list), max_size=3)
     return st.one_of(form, form, st.lists(inner, max_size=3), pairs, st.dictionaries(st.sampled_from("abc"), inner))
@@ -538,3 +538,42 @@ def test_a_hostile_file_on_disk_is_a_format_error(tmp_path: Path) -> None:
     torch.save({"a": 1, "milepost": {"values": [{"path": ["a"], "value": {"type": "numpy", "value": 1}}]}}, path)
     with pytest.raises(CheckpointFormatError, match=r"milepost\.values\.0"):
         TorchCheckpointIO().load_checkpoint(path)
+
+
+# ---- OmegaConf ---------------------------------------------------------------------------------------------------
+
+
+def test_a_config_comes_back_as_one_with_its_interpolations_and_flags(tmp_path: Path) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    given: dict[str, Any] = {"seed": 1, "net": {"lr": "${rate}", "sizes": [1, None, {"a": 0.5}]}, "rate": 0.1}
+    config = omegaconf.OmegaConf.create({**given, "colour": Colour.RED, "where": Path("x"), 3: "???"})
+    omegaconf.OmegaConf.set_readonly(config, True)
+    values.check({"cfg": config})
+    path = saved(tmp_path, cfg=config, sizes=config.net.sizes, both=(config, Path("y")))
+    plain = torch.load(path, weights_only=True)
+    assert plain["cfg"] == {**given, "colour": "red", "where": "x", 3: "???"} and plain["sizes"] == [
+        1,
+        None,
+        {"a": 0.5},
+    ]
+    loaded = TorchCheckpointIO().load_checkpoint(path)
+    assert type(loaded["cfg"]) is omegaconf.DictConfig and loaded["cfg"] == config and loaded["cfg"].net.lr == 0.1
+    assert loaded["cfg"].colour is Colour.RED and omegaconf.OmegaConf.is_readonly(loaded["cfg"])
+    assert type(loaded["sizes"]) is omegaconf.ListConfig and loaded["sizes"][2].a == 0.5
+    assert type(loaded["both"][0]) is omegaconf.DictConfig
+
+
+@pytest.mark.parametrize("data", ["a: 1", 5, {"a": Point(1)}, {"a": Options(1)}, [torch.ones(1)], {"a": object()}])
+def test_a_config_is_made_of_its_own_kind_of_values_only(watch: None, data: Any) -> None:
+    pytest.importorskip("omegaconf")
+    form: Any = {"type": "omegaconf", "flags": [False, False], "value": {"type": "plain", "value": data}}
+    load_hostile([{"path": ["a"], "value": form}])
+    with pytest.raises(CheckpointFormatError):
+        values.from_plain({"a": 1, "milepost": {"values": [{"path": ["a"], "value": form}]}})
+
+
+def test_without_omegaconf_the_plain_value_stays_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    form: Any = {"type": "omegaconf", "flags": [False, False], "value": {"type": "plain", "value": {"a": 1}}}
+    with pytest.warns(UserWarning, match="omegaconf"):
+        assert values.from_plain({"a": 1, "milepost": {"values": [{"path": ["a"], "value": form}]}}) == {"a": 1}

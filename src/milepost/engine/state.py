@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from milepost.engine import value_forms
+from milepost.engine import value_classes, value_forms
 from milepost.engine.requests import Leaf
 from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
 from milepost.format.codec import MAX_DEPTH, Tagged, TensorRef
@@ -187,7 +187,7 @@ def _value_of(form: Any, unpickle: bool) -> Any:
     try:
         known = _DECODERS.get(form["type"])
         return known(form["value"]) if known is not None else value_forms.decode(form)
-    except value_forms.Unresolved as missing:
+    except value_classes.Unresolved as missing:
         warnings.warn(
             f"{missing.args[0]} is not there, so its fields stand in its place. Import the module that defines it"
             " before loading; classes are never imported for a file's sake.",

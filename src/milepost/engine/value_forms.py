@@ -1,9 +1,7 @@
 """The exact form, as plain data, of values that torch's safe loader does not know; and how they are made again.
 
-A form is ``{"type": tag, "value": data}``, with the ``"class"`` it belongs to where there is one. Classes are looked up
-by name in modules that the program itself has imported, and no code of theirs runs: nothing is imported, no
-constructor, ``__setattr__`` or ``__getattr__`` is called for a file's sake. `decode` is given what anybody may have
-written; whatever it raises beside `Unresolved` means that it is no form.
+A form is ``{"type": tag, "value": data}``, with the ``"class"`` it belongs to where there is one. `decode` is given
+what anybody may have written; whatever it raises beside `Unresolved` means that it is no form.
 """
 
 from __future__ import annotations
@@ -12,10 +10,8 @@ import argparse
 import dataclasses
 import enum
 import functools
-import inspect
 import pathlib
 import re
-import sys
 import types
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
@@ -28,17 +24,16 @@ from uuid import UUID
 import numpy as np
 import torch
 
+from milepost.engine import omegaconf_form
+from milepost.engine.value_classes import Unresolved, class_of, fill, is_written_in_python, name_of, state_of
+
 Form = dict[str, Any]
 
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 _PLAIN = _SCALARS | {bytearray, complex, torch.Size, torch.dtype, torch.device, torch.layout}
 _FACTORIES = {f.__name__: f for f in (int, float, str, bool, list, dict, set, tuple, bytes, complex, OrderedDict)}
 _DTYPE = re.compile(r"[<>|][biufcmMSU]\d{1,9}(\[\d{0,9}[a-zA-Zμ]{1,2}\])?")
-_MISSING = object()
-
-
-class Unresolved(LookupError):
-    """A class or member that the form names is not there in this program."""
+_UNDER_WAY = object()
 
 
 class _Leaf(NamedTuple):
@@ -127,6 +122,8 @@ def _encode(value: Any) -> Form | None:
         return _form(kind.__name__, _encode_pairs(vars(value)))
     if dataclasses.is_dataclass(value):
         return _encode_dataclass(value)
+    if omegaconf_form.is_config(value):
+        return _form("omegaconf", _encode(omegaconf_form.contents(value)), flags=omegaconf_form.flags(value))
     return None
 
 
@@ -152,7 +149,9 @@ def nearest(value: Any) -> Any:
         return [nearest(item) for item in value]
     if isinstance(value, (np.dtype, slice)):
         return str(value)
-    return {name: nearest(item) for name, item in _state(value).items()}  # a dataclass or namespace
+    if omegaconf_form.is_config(value):
+        return nearest(omegaconf_form.contents(value))
+    return {name: nearest(item) for name, item in state_of(value).items()}  # a dataclass or namespace
 
 
 def decode(form: Form, made: dict[int, Any] | None = None) -> Any:
@@ -163,10 +162,10 @@ def decode(form: Form, made: dict[int, Any] | None = None) -> Any:
     """
     made = {} if made is None else made
     if id(form) in made:  # what is shared is made once, or a few kilobytes could ask for more than any memory
-        if made[id(form)] is _MISSING:
+        if made[id(form)] is _UNDER_WAY:
             raise ValueError("a form that contains itself")
         return made[id(form)]
-    made[id(form)] = _MISSING
+    made[id(form)] = _UNDER_WAY
     made[id(form)] = value = _decode(form["type"], form["value"], form, lambda part: decode(part, made))
     return value
 
@@ -191,7 +190,9 @@ def _decode(tag: str, data: Any, form: Form, part: Callable[[Form], Any]) -> Any
     if tag == "namedtuple":
         return _make_namedtuple(form, [part(item) for item in data])
     if tag == "dataclass":
-        return _make_object(_class_of(form), {_text(name): part(item) for name, item in data})
+        return _make_object(class_of(_text(form["class"])), {_text(name): part(item) for name, item in data})
+    if tag == "omegaconf":
+        return omegaconf_form.make(part(data), form["flags"])
     pairs = [(part(key), part(item)) for key, item in data]
     if tag == "dict":
         return dict(pairs) if "class" not in form else _make_dict(form, pairs, part)
@@ -208,7 +209,7 @@ def _decode(tag: str, data: Any, form: Form, part: Callable[[Form], Any]) -> Any
 def _form(tag: str, data: Any, cls: type | None = None, **more: Any) -> Form | None:
     if data is None:
         return None
-    return {"type": tag, "value": data, **({} if cls is None else {"class": _name_of(cls)}), **more}
+    return {"type": tag, "value": data, **({} if cls is None else {"class": name_of(cls)}), **more}
 
 
 def _encode_all(values: Iterable[Any]) -> list[Form] | None:
@@ -232,7 +233,7 @@ def parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, dict):
         return value.items()
     made_of_attributes = dataclasses.is_dataclass(value) or type(value) in (argparse.Namespace, types.SimpleNamespace)
-    return _state(value).items() if made_of_attributes else ()
+    return state_of(value).items() if made_of_attributes else ()
 
 
 def _integer(value: Any) -> int:
@@ -260,7 +261,7 @@ def _encode_enum(value: enum.Enum) -> Form | None:
 
 
 def _make_enum(form: Form, names: list[str]) -> Any:
-    cls = _class_of(form)
+    cls = class_of(_text(form["class"]))
     known = cls.__members__ if issubclass(cls, enum.Enum) else {}
     if missing := [name for name in names if name not in known]:
         raise Unresolved(f"{form['class']}.{missing[0]}")
@@ -299,27 +300,8 @@ def _nearest_array(array: np.ndarray[Any, Any]) -> Any:
 # ---- classes by name ---------------------------------------------------------------------------------------------
 
 
-def _name_of(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _class_of(form: Form) -> type:
-    """A class by name, out of modules that the program itself has imported, without asking any of them to import."""
-    name = _text(form["class"])
-    module, _, qualname = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        if not isinstance(found, (types.ModuleType, type)):
-            raise Unresolved(name)
-        holder = type if isinstance(found, type) else object  # past any __getattr__ and __getattribute__
-        found = holder.__getattribute__(found, "__dict__").get(part)
-    if not isinstance(found, type) or any("__del__" in vars(c) for c in found.__mro__):
-        raise Unresolved(name)  # __del__ would be code that runs
-    return found
-
-
 def _make_namedtuple(form: Form, items: list[Any]) -> Any:
-    cls = _class_of(form)
+    cls = class_of(_text(form["class"]))
     if not issubclass(cls, tuple) or len(getattr(cls, "_fields", ())) != len(items):
         raise Unresolved(form["class"])
     return tuple.__new__(cls, items)
@@ -334,65 +316,33 @@ def _encode_dict(value: dict[Any, Any]) -> Form | None:
         if factory is not None and _FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
             return None
         return _form("defaultdict", pairs, factory=None if factory is None else factory.__name__)
-    if not _is_written_in_python(kind, (dict, OrderedDict, Counter)):
+    if not is_written_in_python(kind, (dict, OrderedDict, Counter)):
         return None
     attributes = _encode_pairs(getattr(value, "__dict__", {}))
     return None if attributes is None else _form("dict", pairs, kind, attributes=attributes)
 
 
 def _make_dict(form: Form, pairs: list[tuple[Any, Any]], part: Callable[[Form], Any]) -> Any:
-    cls = _class_of(form)
-    if not issubclass(cls, dict) or not _is_written_in_python(cls, (dict, OrderedDict, Counter)):
+    cls = class_of(_text(form["class"]))
+    if not issubclass(cls, dict) or not is_written_in_python(cls, (dict, OrderedDict, Counter)):
         raise Unresolved(form["class"])
     base: Any = OrderedDict if issubclass(cls, OrderedDict) else dict  # not what cls makes of these methods
     made = base.__new__(cls)
     for key, item in pairs:
         base.__setitem__(made, key, item)
-    return _fill(made, {_text(part(key)): part(item) for key, item in form["attributes"]})
+    return fill(made, {_text(part(key)): part(item) for key, item in form["attributes"]})
 
 
 def _encode_dataclass(value: Any) -> Form | None:
-    if not _is_written_in_python(type(value), (object,)):
+    if not is_written_in_python(type(value), (object,)):
         return None
-    state = _state(value)
+    state = state_of(value)
     forms = _encode_all(state.values())
     pairs = None if forms is None else [[name, form] for name, form in zip(state, forms, strict=True)]
     return _form("dataclass", pairs, type(value))
 
 
 def _make_object(cls: type, state: dict[str, Any]) -> Any:
-    if not dataclasses.is_dataclass(cls) or not _is_written_in_python(cls, (object,)):
-        raise Unresolved(_name_of(cls))
-    return _fill(object.__new__(cls), state)
-
-
-def _is_written_in_python(cls: type, bases: tuple[type, ...]) -> bool:
-    """Whether all classes that `cls` derives from are plain Python ones, or among `bases`: it can be made empty."""
-    heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
-    return not inspect.isabstract(cls) and all(c in (object, *bases) or c.__flags__ & heap_type for c in cls.__mro__)
-
-
-def _slots(cls: type) -> list[str]:
-    found: list[str] = []
-    for c in reversed(cls.__mro__):
-        found.extend(name for name, v in vars(c).items() if isinstance(v, types.MemberDescriptorType))
-    return found
-
-
-def _state(value: Any) -> dict[str, Any]:
-    """All that an object holds, fields first, without what is only cached."""
-    state = {name: found for name in _slots(type(value)) if (found := getattr(value, name, _MISSING)) is not _MISSING}
-    state.update(getattr(value, "__dict__", {}))
-    cached = functools.cached_property
-    return {k: v for k, v in state.items() if not isinstance(inspect.getattr_static(type(value), k, None), cached)}
-
-
-def _fill(made: Any, state: dict[str, Any]) -> Any:
-    """Give `made` its attributes, past every descriptor but the slots that Python itself makes."""
-    slots = set(_slots(type(made)))
-    for name, value in state.items():
-        if name in slots:
-            object.__setattr__(made, name, value)
-        else:
-            object.__getattribute__(made, "__dict__")[name] = value
-    return made
+    if not dataclasses.is_dataclass(cls) or not is_written_in_python(cls, (object,)):
+        raise Unresolved(name_of(cls))
+    return fill(object.__new__(cls), state)

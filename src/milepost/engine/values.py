@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from milepost.engine import value_forms
+from milepost.engine.value_classes import Unresolved
 from milepost.engine.value_forms import is_plain, is_plain_key
 from milepost.errors import CheckpointFormatError, UnencodableValueError
 
@@ -67,7 +68,7 @@ def from_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
         try:
             parent, key, form = _place(checkpoint, item["path"]), item["path"][-1], item["value"]
             value = value_forms.decode(form, made)
-        except value_forms.Unresolved as missing:
+        except Unresolved as missing:
             warnings.warn(
                 f"{_dotted(item['path'])}: {missing.args[0]} is not there, so the plain value stands in its place."
                 " Import the module that defines it before loading; classes are never imported for a file's sake.",
