@@ -355,7 +355,8 @@ NAMES = [
 TAGS = [
     "plain", "enum", "numpy_scalar", "numpy", "numpy_dtype", "list", "tuple", "set", "frozenset", "slice", "namedtuple",
     "omegaconf", "dataclass", "dict", "defaultdict", "Namespace", "SimpleNamespace", "datetime", "time", "date",
-    "timedelta", "Decimal", "Fraction", "UUID", "range", "PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath", "nonsense",
+    "timedelta", "Decimal", "Fraction", "UUID", "range", "PurePosixPath", "PureWindowsPath", "PosixPath", "WindowsPath",
+    "nonsense",
 ]  # fmt: skip
 SCALARS = st.one_of(
     st.none(),
