@@ -254,8 +254,19 @@ def checked_module(model: Any, previous: Any, fn: str) -> Module:
 
 
 def _compiled(wrapper: Any, original: Module) -> Module:
-    """Train the original module, whose steps call the compiled forward: hooks, names and keys stay its own."""
-    original.forward = wrapper.dynamo_ctx(original.forward)
+    """Train the original module, with forward and steps compiled: hooks, names and keys stay its own.
+
+    A training step that optimizes by hand is left as it is; what it calls is compiled.
+    """
+    steps = ["validation_step", "test_step", "predict_step"]
+    if original.automatic_optimization:
+        steps.append("training_step")
+    own = [name for name in steps if getattr(type(original), name) is not getattr(Module, name)]
+    for name in ("forward", *own):
+        if name not in vars(original):  # an earlier run has done so
+            setattr(original, name, wrapper.dynamo_ctx(getattr(original, name)))
+    if "log" not in vars(original):
+        original.log = torch.compiler.disable(original.log)  # type: ignore[method-assign, no-untyped-call]
     return original
 
 
