@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hook_record import RESUMED, Event
+from hook_record import Event
+from hook_scenarios import RESUMED
 
 Events = list[Event]
 CHECKPOINTERS = ("checkpointer", "model_checkpoint")
@@ -149,8 +150,62 @@ def saved_once(level: list[Events]) -> list[Events]:
 def last_at_the_end(events: Events) -> Events:
     """No save under the name of the last inside `on_train_epoch_end`."""
     return [
-        event for block in blocks(events) for event in (block[:1] if block[0].hook == "on_train_epoch_end" else block)
+        event
+        for block in blocks(events)
+        for event in (block[:1] if block[0].hook == "on_train_epoch_end" and _of_the_last(block) else block)
     ]
+
+
+def _of_the_last(block: Events) -> bool:
+    return any(_saves(event, "last.ckpt") for event in block)
+
+
+def states_at_a_cut(level: list[Events]) -> list[Events]:
+    """No `state_dict` of callbacks right before the end of an epoch."""
+    left: list[Events] = []
+    for block in level:
+        if block[0].hook == "on_train_epoch_end":
+            while left and left[-1][0].hook == "state_dict":
+                left.pop()
+        left.append(block)
+    return left
+
+
+def sanity_check_after_resume(events: Events) -> Events:
+    """A resumed run without its sanity check; the loaders that it asked for stay, after the training loaders."""
+    at = next((i for i, event in enumerate(events) if event.owner == RESUMED), len(events))
+    level = blocks(events[at + 1 :])
+    stages = [dict(block[0].seen).get("stage") for block in level]
+    if "sanity_check" not in stages:
+        return events
+    asked = next(block for block in level if block[0].hook == "val_dataloader")
+    left = [block for block, stage in zip(level, stages, strict=True) if stage != "sanity_check"]
+    begun = next(i for i, block in enumerate(left) if block[0].hook == "train_dataloader")
+    early = as_if_asked_with(asked, left[begun][0])
+    return [*events[: at + 1], *(event for b in [*left[: begun + 1], early, *left[begun + 1 :]] for event in b)]
+
+
+def as_if_asked_with(block: Events, trained: Event) -> Events:
+    """`val_dataloader` as it is where it follows `train_dataloader`."""
+    seen = tuple((name, "validate" if name == "stage" else value) for name, value in trained.seen)
+    return [event._replace(seen=seen) for event in block]
+
+
+def told_of_an_exception(events: Events) -> Events:
+    """From `on_exception` on: not the stage and the mode."""
+    at = next((i for i, event in enumerate(events) if event.hook == "on_exception"), len(events))
+    return [blind(event, "stage", "train_mode") if i >= at else event for i, event in enumerate(events)]
+
+
+def training_put_back(events: Events) -> Events:
+    """No `on_validation_model_train` right before `on_exception`."""
+    at = next((i for i, event in enumerate(events) if event.hook == "on_exception"), 0)
+    cut = at and events[at - 1].hook == "on_validation_model_train"
+    return told_of_an_exception([*events[: at - 1], *events[at:]] if cut else events)
+
+
+def values_of_a_sanity_check(events: Events) -> Events:
+    return [blind(event, "metrics") if ("stage", "sanity_check") in event.seen else event for event in events]
 
 
 def blind(event: Event, *names: str) -> Event:
@@ -186,8 +241,7 @@ def validation_data_early(level: list[Events]) -> list[Events]:
     if at < names.index("on_train_start"):
         return level
     begun = names.index("train_dataloader")
-    seen = tuple((name, "validate" if name == "stage" else value) for name, value in level[begun][0].seen)
-    early = [event._replace(seen=seen) for event in level[at]]
+    early = as_if_asked_with(level[at], level[begun][0])
     rest = [*level[:at], *level[at + 1 :]]
     return [*rest[: begun + 1], early, *rest[begun + 1 :]]
 
@@ -213,13 +267,17 @@ DEVIATIONS = [
     Deviation("The key milepost", ours=without_key),
     Deviation("The data module edits checkpoints", ours=without("data", "on_save_checkpoint", "on_load_checkpoint")),
     Deviation("Storage options where given", theirs=without_options),
+    Deviation("States where an epoch is cut", ours=lambda events: nested(events, states_at_a_cut)),
     Deviation("Loggers write before a save", ours=lambda events: nested(events, loggers_not_before_states)),
     Deviation("A rehearsal before the first step", ours=lambda events: nested(events, without_rehearsal)),
+    Deviation("No sanity check after a resume", theirs=sanity_check_after_resume),
     Deviation("A resumed run goes on as the unbroken one", theirs=unbroken),
+    Deviation("Training is put back before an exception", theirs=told_of_an_exception, ours=training_put_back),
     Deviation("Callbacks keep their state in an evaluation", theirs=callbacks_loading),
     Deviation("One write for two names", theirs=lambda e: nested(e, saved_once), ours=without("storage", "link")),
     Deviation("The last is the last", ours=last_at_the_end),
     Deviation("Validation data at the start", theirs=lambda events: nested(events, validation_data_early)),
+    Deviation("All loaders of a sanity check count", theirs=values_of_a_sanity_check, ours=values_of_a_sanity_check),
     Deviation("No last batch before the first", theirs=first_of_an_epoch, ours=first_of_an_epoch),
     Deviation("Values are known after a resume", theirs=known_before_the_first_step, ours=known_before_the_first_step),
     Deviation("Spent gradients are not saved", theirs=gradients_until_zeroed, ours=gradients_until_zeroed),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-TRAIN_BATCHES, HELD_BATCHES, ACCUMULATE = 6, 2, 2
-STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+HELD_BATCHES, ACCUMULATE = 2, 2
 
 
 class Event(NamedTuple):
@@ -154,90 +154,134 @@ STORAGE = (
     "link",
     "check",
 )
-RESUMED = "resumed"
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 
-class Loaders:
-    """Where batches come from, for the module and the data module."""
+@dataclass(frozen=True)
+class Job:
+    """In what a program differs from the next one. Numbers are batches of an epoch."""
 
-    def train_dataloader(self) -> Any:
-        return _loader(TRAIN_BATCHES)
+    manual: bool = False  # manual optimization
+    data: bool = True  # loaders come from a data module
+    sharded: bool = False  # the module has the older configure_sharded_model
+    streamed: bool = False  # training data of unknown length
+    batches: int = 6
+    held_loaders: int = 1
+    skip_at: int = -1  # the rest of the epoch
+    empty_at: int = -1  # training_step returns None
+    stop_at: int = -1  # training_step asks for a stop
+    fails: str = ""  # the step that raises, in its second epoch
+    saves: Mapping[str, Any] = field(default_factory=lambda: {"every_n_train_steps": 2, "save_top_k": -1})
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
-    def val_dataloader(self) -> Any:
-        return _loader(HELD_BATCHES)
+    @property
+    def monitor(self) -> str:
+        return "held" if self.held_loaders == 1 else "held/dataloader_idx_1"
 
-    def test_dataloader(self) -> Any:
-        return [_loader(HELD_BATCHES), _loader(1)]
 
-    def predict_dataloader(self) -> Any:
-        return _loader(HELD_BATCHES)
+class Stream(IterableDataset[torch.Tensor]):
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor]]:
+        yield from ((row,) for row in _rows(self.rows))
+
+
+def _rows(count: int) -> torch.Tensor:
+    return torch.arange(3.0 * count).reshape(count, 3) / 30
+
+
+def loaders(job: Job) -> type:
+    """Where batches come from, for the module or the data module."""
+
+    def loader(batches: int, streamed: bool = False) -> Any:
+        rows = 2 * batches
+        return DataLoader(Stream(rows) if streamed else TensorDataset(_rows(rows)), batch_size=2)
+
+    class Loaders:
+        def train_dataloader(self) -> Any:
+            return loader(job.batches, job.streamed)
+
+        def val_dataloader(self) -> Any:
+            return loader(HELD_BATCHES) if job.held_loaders == 1 else [loader(1) for _ in range(job.held_loaders)]
+
+        def test_dataloader(self) -> Any:
+            return [loader(HELD_BATCHES), loader(1)]
+
+        def predict_dataloader(self) -> Any:
+            return loader(HELD_BATCHES)
+
+    return Loaders
 
 
 class Program:
     """The parts of one run on `side`, which all write into one `record`."""
 
-    def __init__(
-        self, side: Any, place: Path, *, manual: bool = False, last: bool = False, data: bool = True,
-        sharded: bool = False, fail_at: int = -1, skip_at: int = -1,
-    ) -> None:  # fmt: skip
-        self.side, self.place = side, place
+    def __init__(self, side: Any, place: Path, job: Job) -> None:
+        self.side, self.place, self.job = side, place, job
         self.record = Record()
-        self.last, self.manual, self.fail_at, self.skip_at = last, manual, fail_at, skip_at
-        self.sharded = sharded
         self.module = self._module()
-        self.data = self._data() if data else None
+        self.data = self._data() if job.data else None
+
+    def again(self) -> Program:
+        """The same program in a process of its own."""
+        return Program(self.side, self.place, self.job)
 
     def trainer(self, **options: Any) -> Any:
-        side, record = self.side, self.record
+        side, record, job = self.side, self.record, self.job
         callbacks = side.callbacks
         names = callback_names()
         plain = recorded(side.Callback, "callback", names, record, skip=2)
         keeper = recorded(callbacks.Checkpoint, "checkpointer", names, record, skip=2)
         saver = recorded(callbacks.ModelCheckpoint, "model_checkpoint", names, record, skip=2)
         stopper = recorded(callbacks.EarlyStopping, "early_stopping", names, record, skip=2)
-        storage = self._storage()
         strategy = recorded(side.strategies.SingleDeviceStrategy, "strategy", STRATEGY, record)
-        self.storage = storage
         trainer = side.Trainer(
-            strategy=strategy(torch.device("cpu"), checkpoint_io=storage),
+            strategy=strategy(torch.device("cpu"), checkpoint_io=self._storage()),
             callbacks=[
                 keeper(),
-                saver(self.place, "{epoch}-{step}", every_n_train_steps=2, save_top_k=-1, save_last=self.last),
-                stopper("held", patience=90),
+                saver(self.place, "{epoch}-{step}", **job.saves),
+                stopper(job.monitor, patience=90),
                 plain(),
             ],
             logger=self._logger(),
             **{
-                "max_epochs": 2, "accumulate_grad_batches": 1 if self.manual else ACCUMULATE,
-                "gradient_clip_val": None if self.manual else 1.0,
+                "max_epochs": 2, "accumulate_grad_batches": 1 if job.manual else ACCUMULATE,
+                "gradient_clip_val": None if job.manual else 1.0,
                 "val_check_interval": 4, "num_sanity_val_steps": 1, "log_every_n_steps": 2,
                 "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": self.place,
-                **options,
+                **job.trainer, **options,
             },
         )  # fmt: skip
         record.trainer = trainer
         return trainer
 
     def _module(self) -> Any:
-        program, record = self, self.record
+        side, record, job = self.side, self.record, self.job
 
-        class Line(Loaders, self.side.LightningModule):  # type: ignore[misc]
+        class Line(loaders(job), self.side.LightningModule):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
-                self.automatic_optimization = not program.manual
+                self.automatic_optimization = not job.manual
                 self.save_hyperparameters({"width": 3})
                 self.net = torch.nn.Linear(3, 1)
 
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 with record.call("module", "training_step", batch, batch_idx):
-                    if batch_idx == program.fail_at and self.current_epoch == 1:
-                        raise ArithmeticError("meant")
+                    self._maybe_fail("training_step")
+                    if batch_idx == job.stop_at:
+                        self.trainer.should_stop = True
+                    if batch_idx == job.empty_at:
+                        return None
                     loss = self.net(batch[0]).square().mean()
                     self.log("loss", loss, on_step=True, on_epoch=True)
-                    return self._step_by_hand(loss, batch_idx) if program.manual else loss
+                    return self._step_by_hand(loss, batch_idx) if job.manual else loss
+
+            def _maybe_fail(self, step: str) -> None:
+                if job.fails == step and self.current_epoch == 1:
+                    raise ArithmeticError("meant")
 
             def _step_by_hand(self, loss: torch.Tensor, batch_idx: int) -> None:
                 optimizer = self.optimizers()
@@ -248,8 +292,9 @@ class Program:
                 if batch_idx % 2:
                     self.lr_schedulers()[0].step()
 
-            def validation_step(self, batch: Any, batch_idx: int) -> Any:
-                with record.call("module", "validation_step", batch, batch_idx):
+            def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+                with record.call("module", "validation_step", batch, batch_idx, dataloader_idx):
+                    self._maybe_fail("validation_step")
                     self.log("held", self.net(batch[0]).square().mean())
 
             def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
@@ -262,7 +307,7 @@ class Program:
                     return self.net(batch[0])
 
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-                return -1 if batch_idx == program.skip_at else None
+                return -1 if batch_idx == job.skip_at else None
 
             def on_train_epoch_end(self) -> None:
                 self.log("late", 1.0)
@@ -277,18 +322,18 @@ class Program:
                 return [optimizer], [
                     {"scheduler": step, "interval": "step"},
                     {"scheduler": epoch, "interval": "epoch"},
-                    {"scheduler": plateau, "monitor": "held", "interval": "epoch"},
+                    {"scheduler": plateau, "monitor": job.monitor, "interval": "epoch"},
                 ]
 
             def configure_callbacks(self) -> Any:
-                return [recorded(program.side.Callback, "module's callback", callback_names(), record, skip=2)()]
+                return [recorded(side.Callback, "module's callback", callback_names(), record, skip=2)()]
 
         torch.manual_seed(3)
-        unused = {"configure_model" if self.sharded else "configure_sharded_model"}  # Lightning refuses both in one
+        unused = {"configure_model" if job.sharded else "configure_sharded_model"}  # Lightning refuses both in one
         return recorded(Line, "module", set(module_names()) - unused, record)()
 
     def _data(self) -> Any:
-        class Numbers(Loaders, self.side.LightningDataModule):  # type: ignore[misc]
+        class Numbers(loaders(self.job), self.side.LightningDataModule):  # type: ignore[misc]
             def state_dict(self) -> dict[str, Any]:
                 return {"place": 1}
 
@@ -316,81 +361,3 @@ class Program:
             def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
 
         return recorded(Silent, "logger", LOGGER, self.record)()
-
-
-def _loader(batches: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    return DataLoader(TensorDataset(torch.arange(6.0 * batches).reshape(2 * batches, 3) / 30), batch_size=2)
-
-
-# ---- what is done with it ------------------------------------------------------------------------------------------
-
-
-def fit(program: Program, **options: Any) -> None:
-    program.trainer(**options).fit(program.module, datamodule=program.data)
-
-
-def validate_late(program: Program) -> None:
-    fit(program, check_val_every_n_epoch=2, val_check_interval=1.0, num_sanity_val_steps=0)
-
-
-def save(program: Program) -> None:
-    trainer = program.trainer(max_epochs=1)
-    trainer.fit(program.module, datamodule=program.data)
-    program.record.events.clear()
-    trainer.save_checkpoint(program.place / "by_hand.ckpt")
-    trainer.save_checkpoint(program.place / "weights.ckpt", weights_only=True)
-
-
-def resume(program: Program, name: str) -> None:
-    """An unbroken run, then one that goes on from its checkpoint `name`; between them stands `RESUMED`."""
-    fit(program, max_epochs=3)
-    for file in program.place.glob("*.ckpt"):
-        if file.name != name:
-            file.unlink()  # as if the run had been killed after that save
-    again = Program(program.side, program.place)
-    again.trainer(max_epochs=3).fit(again.module, datamodule=again.data, ckpt_path=str(program.place / name))
-    program.record.events += [Event(RESUMED, name), *again.record.events]
-
-
-def evaluate(program: Program, fn: str) -> None:
-    fit(program, max_epochs=2)
-    again = Program(program.side, program.place, data=program.data is not None)
-    options = {} if fn == "predict" else {"verbose": False}
-    path = str(program.place / "epoch=1-step=6.ckpt")
-    getattr(again.trainer(), fn)(again.module, datamodule=again.data, ckpt_path=path, **options)
-    program.record = again.record
-
-
-def fail(program: Program) -> None:
-    try:
-        fit(program)
-    except ArithmeticError:
-        return
-    raise AssertionError("training_step was to raise")
-
-
-SCENARIOS: dict[str, tuple[dict[str, Any], Callable[[Program], None]]] = {
-    "fit": ({}, fit),
-    "fit, keeping the last": ({"last": True}, fit),
-    "fit, data in the module": ({"data": False, "sharded": True}, fit),
-    "fit by hand": ({"manual": True}, fit),
-    "fit by hand, validating late": ({"manual": True}, validate_late),
-    "fit, skipping": ({"skip_at": 4}, fit),
-    "fit, failing": ({"fail_at": 3}, fail),
-    "save": ({}, save),
-    "resume midway": ({}, lambda program: resume(program, "epoch=0-step=2.ckpt")),
-    "resume at the end": ({}, lambda program: resume(program, "epoch=1-step=6.ckpt")),
-    "test, data in the module": ({"data": False}, lambda program: evaluate(program, "test")),
-    "predict, data in the module": ({"data": False}, lambda program: evaluate(program, "predict")),
-    "validate": ({}, lambda program: evaluate(program, "validate")),
-    "test": ({}, lambda program: evaluate(program, "test")),
-    "predict": ({}, lambda program: evaluate(program, "predict")),
-}
-
-
-def run(side: Any, scenario: str, place: Path) -> list[Event]:
-    """The events of `scenario` on `side`, with files in `place`."""
-    options, act = SCENARIOS[scenario]
-    program = Program(side, place, **options)
-    act(program)
-    return program.record.events

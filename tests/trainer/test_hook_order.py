@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from hook_deviations import DEVIATIONS, Deviation, Events, aligned
-from hook_record import SCENARIOS, STRATEGY, callback_names, data_names, module_names, names_of, run
+from hook_record import STRATEGY, callback_names, data_names, module_names, names_of
+from hook_scenarios import SCENARIOS, run
 
 import milepost
 from milepost.strategies import Strategy

@@ -32,6 +32,7 @@ class EvaluationLoop:
         self.predictions: list[list[Any]] = []
         self.loading: Loading | None = None
         self.loading_to_repeat: Loading | None = None  # of a checkpoint
+        self.interrupted_modes: dict[torch.nn.Module, bool] | None = None  # of training, while this runs
         self.seen_batches: dict[int, int] = {}  # of each loader, over all runs since the loaders were asked for
 
     @property
@@ -102,7 +103,7 @@ class EvaluationLoop:
         if stream is None or not self.enabled or sum(self.num_batches) == 0:
             return []
         module = trainer.lightning_module
-        modes = {m: m.training for m in module.modules()}
+        modes = self.interrupted_modes = {m: m.training for m in module.modules()}
         interrupted = trainer.metrics.begin_evaluation()
         getattr(module, f"on_{stage}_model_eval")()
         self.predictions = [[] for _ in self.num_batches]
@@ -117,6 +118,7 @@ class EvaluationLoop:
             trainer.call(f"on_{stage}_end")
         finally:  # a signal may cut it short; what is saved then is the state of training
             trainer.metrics.end_evaluation(interrupted)
+            self.interrupted_modes = None
             self._restore_modes(module, modes)
         return results
 
@@ -193,6 +195,14 @@ class EvaluationLoop:
             merged = {name: value for values in per_loader for name, value in values.items()}
             trainer.reports.send(merged | late, step=trainer.logger_step)
         return [{name: float(value) for name, value in (values | late).items()} for values in per_loader]
+
+    def end_again(self) -> None:
+        """What came after the save in ``on_validation_end``: from eval mode back to that of training."""
+        module = self.trainer.lightning_module
+        modes = {part: part.training for part in module.modules()}
+        with self.without_gradients():
+            module.eval()
+            self._restore_modes(module, modes)
 
     def _restore_modes(self, module: Module, modes: dict[torch.nn.Module, bool]) -> None:
         name = f"on_{self.stage}_model_train"

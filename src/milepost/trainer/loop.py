@@ -11,6 +11,7 @@ import torch
 from milepost.data.rng import RngState, isolated_rng
 from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.trainer.loading import Loading
+from milepost.trainer.modes import restore_modes
 from milepost.trainer.module import UNRECORDED
 from milepost.trainer.optimization import Optimization, Reached
 from milepost.trainer.preflight import check_checkpoint
@@ -36,6 +37,7 @@ class FitLoop:
         self.stream: BatchStream | None = None
         self.stream_state: dict[str, Any] | None = None  # of a checkpoint, until the stream is there
         self.rng_state: RngState | None = None  # of a checkpoint, until the loop goes on
+        self.parts_in_eval: list[str] | None = None  # of a checkpoint, until the loop goes on
         self.resumed: Phase | None = None
         self.metrics_lost = False  # resumed from a file of Lightning, which keeps no logged values
         self.kept: Standing | None = None  # what checkpoints say of the position where the present one will not do
@@ -83,6 +85,7 @@ class FitLoop:
             if resumed is Phase.BATCH_END:
                 self._finish_batch()
             elif resumed is Phase.VALIDATED:
+                self.trainer.end_validation_again()
                 self._step_plateaus()
             while not self._epoch_done():
                 if self._run_batch():
@@ -113,6 +116,9 @@ class FitLoop:
         if self.rng_state is not None:  # last of all: making the iterator may have drawn random numbers
             self.rng_state.restore()
             self.rng_state = None
+        if self.parts_in_eval is not None:
+            restore_modes(trainer.lightning_module, self.parts_in_eval)
+            self.parts_in_eval = None
         self.kept = None
         if not midway:
             self.phase = Phase.EPOCH_START

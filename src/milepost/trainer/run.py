@@ -38,7 +38,6 @@ def run(
     if fn == "fit":
         trainer.fit_loop.forget_data()
     trainer.evaluation_loops[{"fit": "validation", "validate": "validation"}.get(fn, fn)].forget_data()
-    trainer.metrics.clear()
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False
     trainer.strategy.connect(model)
@@ -93,6 +92,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
         restore_model(trainer, checkpoint)
+    trainer.metrics.clear()  # of the run before this one
     trainer.strategy.setup(trainer)
     if fn == "fit":
         _configure_optimizers(trainer, model)
@@ -100,6 +100,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     trainer.reports.hyperparams(model)
     if fn == "fit":
         trainer.data_seed = run_seed()
+        model.zero_grad()  # of the run before this one
         trainer.fit_loop.initial_buffers = mark_buffers(model)
         if checkpoint is not None:
             restore_training(trainer, checkpoint)

@@ -15,6 +15,7 @@ from milepost.callbacks.checkpoint import Checkpoint
 from milepost.data.rng import RngState
 from milepost.loggers.logger import Logger
 from milepost.trainer.metric_state import metric_states
+from milepost.trainer.modes import parts_in_eval
 from milepost.trainer.optimization import Reached
 from milepost.trainer.progress import Phase
 
@@ -54,6 +55,7 @@ class Standing:
             "rng": RngState.capture().state_dict(),
             "metrics": trainer.metrics.state_dict(trainer.lightning_module),
             "loggers": logger_states(trainer),
+            "in_eval": parts_in_eval(trainer.lightning_module, validation.interrupted_modes),
             "validated_batches": dict(validation.seen_batches),
             "metric_objects": metric_states(trainer.lightning_module, skip=trainer.metrics.evaluated_objects()),
             "loaders": {

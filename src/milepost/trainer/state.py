@@ -209,6 +209,7 @@ def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for part, name in ((loop, "train"), (trainer.evaluation_loops["validation"], "val")):
         part.loading_to_repeat = Loading.from_state_dict(loadings[name]) if name in loadings else None
     loop.stream_state = exact.get("data")
+    loop.parts_in_eval = exact.get("in_eval")
     loop.rng_state = RngState.from_state_dict(exact["rng"])
     loop.kept = Standing(checkpoint["epoch"], checkpoint["loops"]["fit_loop"], exact)  # until it goes on
     parameters = {name.replace(_COMPILED, ""): p for name, p in module.named_parameters()}

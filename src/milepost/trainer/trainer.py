@@ -248,6 +248,12 @@ class Trainer(TrainerSurface):
     def enable_validation(self) -> bool:
         return self.evaluation_loops["validation"].enabled and has_loaders(self, "val")
 
+    def end_validation_again(self) -> None:
+        """Called by the fit loop when it goes on from a save in ``on_validation_end``."""
+        self.state.stage = "validate"
+        self.evaluation_loops["validation"].end_again()
+        self.state.stage = "train"
+
     def run_validation(self, *, zero_grad: bool) -> None:
         """Called by the fit loop when validation is due; with `zero_grad`, gradients are freed before."""
         self.state.stage = "validate"
