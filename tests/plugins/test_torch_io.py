@@ -297,3 +297,19 @@ def test_a_pickle_edited_by_hand_is_an_error_of_ours_at_worst(tmp_path: Path) ->
             except CheckpointError:
                 unread += 1
     assert unread > 60
+
+
+def test_a_subclass_with_an_init_of_its_own_need_not_call_ours(tmp_path: Path) -> None:
+    class Counting(TorchCheckpointIO):
+        def __init__(self) -> None:
+            self.saves = 0
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            self.saves += 1
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    plugin = Counting()
+    plugin.save_checkpoint(checkpoint(), tmp_path / "a.ckpt")
+    assert plugin.saves == 1 and plugin.load_checkpoint(tmp_path / "a.ckpt")["global_step"] == 7
+    with pytest.raises(UnencodableValueError):
+        plugin.check({"a": object()})
