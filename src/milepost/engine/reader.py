@@ -80,12 +80,18 @@ class StoredCheckpoint:
     def tree(self) -> Any:
         """The decoded tree: plain values, `TensorRef` and `Tagged`."""
         path = self._in(self.head.tree.name)
-        return codec.decode(self._stored(self.head.tree), path)
+        tree = codec.decode(self._stored(self.head.tree), path)
+        if not isinstance(tree, dict):
+            raise CheckpointFormatError(f"{path} holds a {type(tree).__name__}, not the names of a state.")
+        return tree
 
     def index(self, blob: int) -> Index:
         """The index of a blob, checked."""
         if blob not in self._indexes:
+            if blob >= len(self.head.blobs):
+                raise CheckpointFormatError(f"{self.path}: the tree refers to blob {blob} of {len(self.head.blobs)}.")
             described = self.head.blobs[blob]
+            _BlobFile(self._directory, described, self._in(described.name)).close()  # before memory for it is asked for
             data = self._stored(described.index)
             self._indexes[blob] = manifest.decode_index(
                 data, described.index, described, self._in(described.index.name)
@@ -244,6 +250,9 @@ class _BlobFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         os.close(self._cached)
         if self._direct >= 0:
             os.close(self._direct)

@@ -85,14 +85,28 @@ def _check_names(stored: StoredCheckpoint, tree: Any, value: Any, key: str) -> N
                 " model as it was when it was saved."
             )
     if isinstance(value, Optimizer):
-        groups = tree.get("param_groups", []) if isinstance(tree, dict) else []
-        saved_counts = [len(group["params"]) for group in groups]
+        saved_counts = [len(group["params"]) for group in _optimizer_groups(stored, tree, key)]
         counts = [len(group["params"]) for group in value.param_groups]
         if saved_counts != counts:
             raise ResumeError(
                 f"{stored.path} holds under {key!r} an optimizer whose groups have {saved_counts} parameters,"
                 f" {type(value).__name__} has {counts}: build it over the same parameters."
             )
+
+
+def _optimizer_groups(stored: StoredCheckpoint, tree: Any, key: str) -> list[dict[str, Any]]:
+    """The groups of a stored optimizer, in the form that `_give_optimizer` relies on."""
+    groups = tree.get("param_groups") if isinstance(tree, dict) else None
+    numbers = [g.get("params") for g in groups if isinstance(g, dict)] if isinstance(groups, list) else None
+    if (
+        groups is None
+        or numbers is None
+        or len(numbers) != len(groups)
+        or not isinstance(tree.get("state"), dict)
+        or not all(isinstance(each, list) and all(type(n) is int for n in each) for each in numbers)
+    ):
+        raise ResumeError(f"What {stored.path} holds under {key!r} is not the state of an optimizer.")
+    return list(groups)
 
 
 def _match(

@@ -148,7 +148,7 @@ def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bo
 
 _FORMS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     complex: ("complex", lambda v: [v.real, v.imag], lambda d: complex(*d)),
-    bytearray: ("bytearray", bytes, bytearray),
+    bytearray: ("bytearray", bytes, lambda d: bytearray(_of_bytes(d))),
     set: ("set", list, set),
     frozenset: ("frozenset", list, frozenset),
     Counter: ("counter", dict, Counter),
@@ -200,10 +200,16 @@ def _value_of(form: Any, unpickle: bool) -> Any:
 
 
 def _of_torch(name: str, kind: type) -> Any:
-    found = getattr(torch, name, None)
+    found = vars(torch).get(name)  # getattr would import what torch imports only when it is asked for
     if not isinstance(found, kind):
         raise ValueError(f"torch has no {kind.__name__} {name!r}")
     return found
+
+
+def _of_bytes(data: Any) -> bytes:
+    if not isinstance(data, bytes):  # a number would be taken for a size, and memory got
+        raise TypeError(f"{type(data).__name__} instead of bytes")
+    return data
 
 
 def references(tree: Any) -> list[TensorRef]:
@@ -232,6 +238,8 @@ def stored_type(index: Index, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
     Raises:
         CheckpointFormatError: an unknown type, or one whose size does not fit the stored bytes.
     """
+    if row >= len(index.names):
+        raise CheckpointFormatError(f"The tree refers to the tensor in row {row} of {len(index.names)}.")
     other = index.stored_as.get(str(row)) if index.stored_as else None
     if other is None:
         return _TORCH_TYPES[index.dtypes[row]], tuple(index.shapes[row])

@@ -180,7 +180,10 @@ def _decode(tag: str, data: Any, form: Form, part: Callable[[Form], Any]) -> Any
     if tag == "numpy_scalar":
         return np.ndarray((), _dtype(form["dtype"]), data)[()]
     if tag == "numpy":
-        return np.ndarray(form["shape"], _dtype(form["dtype"]), data.numpy().tobytes()).copy()
+        kind, shape = _dtype(form["dtype"]), form["shape"]
+        if kind.itemsize == 0 and 0 not in shape:  # no bytes bound how many there are, and NumPy's copy gives each one
+            raise ValueError(f"an array of {kind.str} of the shape {shape}")
+        return np.ndarray(shape, kind, data.numpy().tobytes()).copy()
     if tag == "numpy_dtype":
         return _dtype(data)
     if (container := {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}.get(tag)) is not None:

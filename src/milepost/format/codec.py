@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from milepost.errors import CheckpointFormatError
+from milepost.format.manifest import refuse_twins
 
 MAX_DEPTH = 64
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKET = re.compile(rb"[\[\]{}]")
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+\\?(?:"|\Z)|[\[\]{}]', re.DOTALL)  # linear, whatever the bytes are
 _SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
@@ -49,7 +49,9 @@ def decode(data: bytes, path: str) -> Any:
     if _depth(data) > 4 * MAX_DEPTH:
         raise CheckpointFormatError(f"{path} is nested deeper than {MAX_DEPTH} levels.")
     try:
-        return _from_json(json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant), path, 0)
+        return _from_json(
+            json.loads(data.decode(), object_pairs_hook=refuse_twins, parse_constant=_no_constant), path, 0
+        )
     except CheckpointFormatError:
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, binascii.Error) as error:
@@ -154,14 +156,6 @@ def _reference(data: Any) -> TensorRef:
     return TensorRef(blob, row)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return made
-
-
 def _no_constant(name: str) -> Any:
     raise ValueError(f"the constant {name}")
 
@@ -169,7 +163,8 @@ def _no_constant(name: str) -> Any:
 def _depth(data: bytes) -> int:
     """How deep brackets are nested, found before a decoder recurses into them."""
     depth = deepest = 0
-    for match in _BRACKET.finditer(_STRING.sub(b"", data)):
-        depth += 1 if match[0] in b"[{" else -1
+    for match in _TOKEN.finditer(data):
+        token = data[match.start() : match.start() + 1]
+        depth += 1 if token in b"[{" else -1 if token in b"]}" else 0
         deepest = max(deepest, depth)
     return deepest

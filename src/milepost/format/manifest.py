@@ -6,8 +6,10 @@ themselves before memory is asked for, so that a hostile head cannot make a read
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +23,10 @@ VERSION = 1
 HEAD_NAME = "manifest.json"
 HEAD_MAX_BYTES = 8192
 TREE_NAME = "tree.json"
+_LATEST_SECONDS = 253_402_300_800.0  # the year 9999
+_MAX_DIMENSIONS = 64  # torch's own limit
+_MAX_BYTES = 1 << 62
+_MALFORMED = (msgspec.MsgspecError, RecursionError, UnicodeError)
 _DIGEST_KEY = b',"xxh3_128":"'
 _DIGEST_TAIL_BYTES = len(_DIGEST_KEY) + 32 + 3  # …"}\n
 
@@ -143,7 +149,7 @@ def decode_head(data: bytes, path: str) -> Head:
         )
     try:
         known = msgspec.json.decode(body + b"}", type=_Version)
-    except msgspec.MsgspecError as error:
+    except _MALFORMED as error:
         raise CheckpointFormatError(f"{path} is no head of a checkpoint: {error}.") from error
     if known.format != FORMAT or known.version > VERSION:
         raise CheckpointFormatError(
@@ -151,6 +157,7 @@ def decode_head(data: bytes, path: str) -> Head:
             f" version {VERSION}. Read it with a newer Milepost."
         )
     head: Head = _decode(body + b"}", Head, path)
+    _check_numbers(head, path)
     names = [HEAD_NAME, head.tree.name, *(found.name for found in head.maps)]
     for blob in head.blobs:
         names += [blob.name, blob.index.name]
@@ -161,9 +168,18 @@ def decode_head(data: bytes, path: str) -> Head:
         raise CheckpointFormatError(
             f"{path} names a file twice: {sorted(n for n in names if names.count(n) > 1)[0]!r}."
         )
-    if any(b.bytes < 0 or b.index.bytes < 0 for b in head.blobs) or head.tree.bytes < 0 or head.step < 0:
-        raise CheckpointFormatError(f"{path} holds a negative size or step.")
     return head
+
+
+def _check_numbers(head: Head, path: str) -> None:
+    sizes = [head.tree.bytes, *(b.bytes for b in head.blobs), *(b.index.bytes for b in head.blobs)]
+    counts = [head.step, head.world_size, *(b.saves for b in head.blobs), *(b.verified for b in head.blobs)]
+    if min([*sizes, *counts, *(found.bytes for found in head.maps)]) < 0:
+        raise CheckpointFormatError(f"{path} holds a negative size, step or count.")
+    if not 0 <= head.time < _LATEST_SECONDS:
+        raise CheckpointFormatError(f"{path} was saved at {head.time} seconds, which is no time of this calendar.")
+    if texts := [v for v in head.metrics.values() if isinstance(v, str) and v not in ("nan", "inf", "-inf")]:
+        raise CheckpointFormatError(f"{path} holds {texts[0]!r} as the value of a metric.")
 
 
 class _Version(msgspec.Struct):
@@ -184,6 +200,8 @@ def decode_index(data: bytes, stored: Stored, blob: Blob, path: str) -> Index:
     """
     check_stored(data, stored, path)
     index: Index = _decode(data, Index, path)
+    if index.version > VERSION:
+        raise CheckpointFormatError(f"{path} is of version {index.version}. Read it with a newer Milepost.")
     rows = len(index.names)
     if {len(index.dtypes), len(index.shapes), len(index.starts)} != {rows} or index.bytes != blob.bytes:
         raise CheckpointFormatError(f"{path}: its columns or its size do not fit together.")
@@ -193,7 +211,7 @@ def decode_index(data: bytes, stored: Stored, blob: Blob, path: str) -> Index:
         raise CheckpointFormatError(f"{path}: two tensors have one name.")
     previous = 8
     for row in range(rows):
-        if index.dtypes[row] not in ITEM_BYTES or any(n < 0 for n in index.shapes[row]):
+        if index.dtypes[row] not in ITEM_BYTES or not sound_shape(index.shapes[row]):
             raise CheckpointFormatError(
                 f"{path}: tensor {index.names[row]!r} has dtype {index.dtypes[row]!r} and shape {index.shapes[row]}."
             )
@@ -206,9 +224,20 @@ def decode_index(data: bytes, stored: Stored, blob: Blob, path: str) -> Index:
         previous = entry.stop
     for row_text, stride in index.strides.items():
         _check_strides(index, row_text, stride, path)
-    for row_text in index.stored_as:
-        _row(index, row_text, path)
+    for row_text, (kind, shape) in index.stored_as.items():
+        row = _row(index, row_text, path)
+        if not sound_shape(shape) or index.dtypes[row] != "U8" or row_text in index.strides:
+            raise CheckpointFormatError(
+                f"{path}: tensor {index.names[row]!r} is stored as {kind!r} with the shape {shape}."
+            )
     return index
+
+
+def sound_shape(shape: Sequence[int]) -> bool:
+    """Whether it can be computed with: few sizes, none negative, their product far from what a machine can count."""
+    if len(shape) > _MAX_DIMENSIONS or any(not 0 <= n < _MAX_BYTES for n in shape):
+        return False
+    return math.prod(max(n, 1) for n in shape) < _MAX_BYTES  # the others count also where one of them is 0
 
 
 def check_stored(data: bytes, stored: Stored, path: str) -> None:
@@ -231,21 +260,37 @@ def _check_strides(index: Index, row_text: str, stride: list[int], path: str) ->
             expected = -1
             break
         expected *= size
-    if expected < 0 or len(shape) != len(stride):
+    if expected < 0 or len(shape) != len(stride) or any(not 0 <= step < _MAX_BYTES for step in stride):
         raise CheckpointFormatError(f"{path}: strides {stride} do not fit the shape {shape}.")
 
 
 def _row(index: Index, text: str, path: str) -> int:
-    if not text.isdecimal() or len(text) > 12 or int(text) >= len(index.names):
+    if not text.isdecimal() or len(text) > 12 or text != str(int(text)) or int(text) >= len(index.names):
         raise CheckpointFormatError(f"{path}: there is no row {text!r}.")
     return int(text)
 
 
 def _decode(data: bytes, kind: Any, path: str) -> Any:
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        made = msgspec.json.decode(data, type=kind)
+        if msgspec.json.encode(made) != data:  # written by another program, or a key stands twice: msgspec takes that
+            json.loads(data.decode(), object_pairs_hook=refuse_twins)
+    except (*_MALFORMED, ValueError) as error:
         raise CheckpointFormatError(f"{path} is not what its name says: {error}.") from error
+    return made
+
+
+def refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: a dict of the pairs.
+
+    Raises:
+        ValueError: a key stands twice, of which readers would take different ones.
+    """
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return made
 
 
 def _plain_name(name: str) -> bool:
