@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -251,25 +252,18 @@ def check(folder: Path, point: str, workers: int, data: str, augment: bool, prec
         assert torch.equal(one, other)
 
 
-def test_a_real_kill_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """SIGKILL between a save and the next one, and during a save; `ckpt_path="last"` goes on to equal weights."""
+def test_real_kills_in_processes_of_their_own(tmp_path: Path) -> None:
+    """SIGKILL inside accumulation, at an optimizer step, in a validation, at an epoch's end, in a save; then again."""
     program = Path(__file__).parent / "killed_run.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-    def run(folder: str, kill_at: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(program), str(tmp_path / folder), kill_at],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    whole = run("whole", "never")
-    assert whole.returncode == 0, whole.stderr
-    for kill_at in ("batch 17", "save 5"):
-        folder = kill_at.replace(" ", "_")
-        assert run(folder, kill_at).returncode == -signal.SIGKILL
-        again = run(folder, "never")
-        assert again.returncode == 0, again.stderr
-        assert (
-            again.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
-        )  # digest of weights, moments and random state
-        assert "resumed at step 0" not in again.stdout and "resumed" in again.stdout
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    whole = report.pop("never")
+    assert set(report) == {"accumulation", "step", "zero_grad", "validation", "epoch_end", "save"}
+    for where, run in report.items():
+        assert (run["killed"], run["again"]) == (-signal.SIGKILL, 0), where
+        assert run["resumed_at"] > 0, where
+        assert run["digest"] == whole["digest"], where  # of weights, moments and random state
