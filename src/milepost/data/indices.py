@@ -108,6 +108,12 @@ def own_generator(dataset: Any) -> str | None:
     return None
 
 
+def numbers_of(dataset: Any) -> dict[str, Any]:
+    """Attributes of `dataset` that are plain numbers: one that changes while samples are read is a counter."""
+    fields = vars(dataset) if hasattr(dataset, "__dict__") else {}
+    return {name: value for name, value in fields.items() if type(value) in (int, float)}
+
+
 def _is_stateful(part: Any) -> bool:
     return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, TensorDataset, default_collate
 
-from milepost.data.indices import SeededIndex, order_state, own_generator, replayed, restore_order, sampler_parts
+from milepost.data.indices import (
+    SeededIndex,
+    numbers_of,
+    order_state,
+    own_generator,
+    replayed,
+    restore_order,
+    sampler_parts,
+)
 from milepost.data.rng import derived_seed, seeded
 from milepost.data.workers import (
     EpochIndex,
@@ -23,6 +31,8 @@ from milepost.data.workers import (
     WorkerInit,
     is_stateful,
 )
+
+_WATCHED_BATCHES = 3  # a dataset that counts does so from the first sample on
 
 
 class _Indices:
@@ -64,6 +74,8 @@ class TrackedLoader:
         self._order: dict[str, Any] = {}
         self._dataset_state: Any = None
         self._ended = self._fetch_ended = False
+        self._numbers: dict[str, Any] = {}  # of a dataset in this process, where the epoch began
+        self._changing: str | None = None
         self._worker_states: dict[str, Any] = {}
         self._next_worker = 0
         self._iterator: Any = iter(())
@@ -93,6 +105,7 @@ class TrackedLoader:
         self.cycle = cycle if loaded is None else loaded.get("cycle", 0)
         self._worker_states, self._next_worker, self._ended = {}, 0, False
         self._dataset_state = self._live_dataset_state()
+        self._numbers = {} if self.iterable or self.loader.num_workers else numbers_of(self.loader.dataset)
         self.seen = 0 if loaded is None else loaded["batches_seen"]
         for part in (*sampler_parts(self.loader), self.loader.dataset):
             set_epoch = getattr(part, "set_epoch", None)
@@ -120,17 +133,11 @@ class TrackedLoader:
         """Bring the dataset to its saved state. Returns how many batches must be read again for want of one."""
         dataset: Any = self.loader.dataset
         if not self.iterable:
-            name = own_generator(dataset)
-            if loaded.get("dataset") is not None:
+            if loaded.get("dataset") is not None and is_stateful(dataset):
                 dataset.load_state_dict(copy.deepcopy(loaded["dataset"]))
                 self._dataset_state = loaded["dataset"]
-            elif name is not None:
-                _warn(
-                    f"{type(dataset).__name__}.{name} is a random generator of its own, whose state is not "
-                    "saved: what it draws from here on differs from the unbroken run. Draw from torch's, "
-                    "NumPy's or Python's global generator, which is seeded for each batch, or give the dataset "
-                    "`state_dict` and `load_state_dict` (with num_workers=0)."
-                )
+            elif (reason := self._inexact(loaded)) is not None:
+                _warn(reason)
             return 0
         if loaded.get("dataset") is not None and not self.loader.num_workers:
             dataset.load_state_dict(copy.deepcopy(loaded["dataset"]))
@@ -141,11 +148,33 @@ class TrackedLoader:
             self._worker_states, self._next_worker = dict(loaded["workers"]), loaded["next_worker"]
             return 0
         _warn(
-            f"The position of {type(dataset).__name__} was not saved with these {self.loader.num_workers} workers: the "
+            f"The position of {_name_of(dataset)} was not saved with these {self.loader.num_workers} workers: the "
             f"{self.seen} batches already seen are read again to get back to it. Give the dataset `state_dict` and "
             "`load_state_dict`, and keep num_workers."
         )
         return self.seen
+
+    def _inexact(self, loaded: dict[str, Any]) -> str | None:
+        """Why a map dataset cannot go on as it was, and the remedy; None where it can."""
+        dataset, kind = self.loader.dataset, type(self.loader.dataset).__name__
+        if is_stateful(dataset):
+            return (
+                f"{kind} has a `state_dict`, but its copies in the {self.loader.num_workers} workers have states of"
+                " their own, which are not saved: they begin again. Use num_workers=0, or let a sample depend on its"
+                " index and on the global generators alone."
+            )
+        if (name := own_generator(dataset)) is not None:
+            return (
+                f"{kind}.{name} is a random generator of its own, whose state is not saved: what it draws from here on"
+                " differs from the unbroken run. Draw from torch's, NumPy's or Python's global generator, which is"
+                " seeded for each batch, or give the dataset `state_dict` and `load_state_dict` (with num_workers=0)."
+            )
+        if (name := loaded.get("changing")) is not None:
+            return (
+                f"{kind}.{name} changes as samples are read, and is not saved: samples that depend on it differ from"
+                " the unbroken run. Give the dataset `state_dict` and `load_state_dict` (with num_workers=0)."
+            )
+        return None
 
     def _loader_copy(self) -> DataLoader[Any]:
         if self._copy is not None and self.loader.persistent_workers:
@@ -207,6 +236,9 @@ class TrackedLoader:
     def delivered(self, state: Any) -> None:
         """The batch that `draw` returned with `state` has been handed out."""
         self.seen += 1
+        if self._numbers and self.seen < _WATCHED_BATCHES:
+            now = numbers_of(self.loader.dataset)
+            self._changing = next((name for name, number in self._numbers.items() if now.get(name) != number), None)
         if self._in_workers:
             worker, self._worker_states[str(state[0])] = state
             self._next_worker = (worker + 1) % self.loader.num_workers
@@ -221,6 +253,8 @@ class TrackedLoader:
             "batches_seen": self.seen,
             "order": self._order,
         }
+        if self._changing is not None:
+            state["changing"] = self._changing
         if self._dataset_state is not None:
             state["dataset"], state["ended"] = self._dataset_state, self._ended
         if self._in_workers and is_stateful(self.loader.dataset):
@@ -345,6 +379,10 @@ class PlainSource:
     def close(self) -> None:
         """Forget the iterator."""
         self._iterator = iter(())
+
+
+def _name_of(dataset: Any) -> str:
+    return type(getattr(dataset, "_datapipe", dataset)).__name__  # a data pipe comes wrapped
 
 
 def _warn(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,8 @@ def run(
     trainer.ckpt_path = resolve_ckpt_path(trainer, path, model_provided=provided)
     begin_profile(trainer)
     try:
-        with trainer.signals:
+        # all but fit leave the caller's random numbers alone, whatever the hooks of a set-up draw
+        with trainer.signals, nullcontext() if fn == "fit" else isolated_rng():
             results = _prepare_and_run(trainer, fn, model, weights_only)
     except BaseException as error:
         trainer.state.status = "interrupted"
@@ -168,7 +170,7 @@ def _fit(trainer: Trainer) -> None:
 def _evaluate(trainer: Trainer, fn: str) -> Any:
     loop = trainer.evaluation_loops["validation" if fn == "validate" else fn]
     fitted_seed = trainer.data_seed
-    with isolated_rng(), loop.without_gradients():
+    with loop.without_gradients():
         trainer.data_seed = run_seed()
         loop.load_data()
         if loop.limit == 0:
