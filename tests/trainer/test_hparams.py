@@ -322,6 +322,21 @@ def test_a_mismatch_names_the_remedy(tmp_path: Path) -> None:
         plain(milepost).load_from_checkpoint(path)
 
 
+def test_a_config_of_omegaconf_stays_whole_with_what_refers_to_its_root(tmp_path: Path) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"rate": 0.1, "net": {"rate": "${rate}"}})
+    ours, theirs = configured(milepost)(config), configured(pl)(config)
+    assert type(ours.hparams) is type(theirs.hparams) is omegaconf.DictConfig
+    assert ours.hparams_initial == config and ours.hparams_initial is not config
+    trainer = milepost.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.connect(ours)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = configured(milepost).load_from_checkpoint(tmp_path / "x.ckpt", rate=0.5)
+    assert type(loaded.hparams) is omegaconf.DictConfig
+    assert loaded.hparams.net.rate == 0.5
+    assert configured(pl).load_from_checkpoint(tmp_path / "x.ckpt").hparams["rate"] == 0.1
+
+
 # ---- data modules ------------------------------------------------------------------------------------------------
 
 

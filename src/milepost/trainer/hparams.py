@@ -74,11 +74,12 @@ class Hyperparameters:
         available = {k: v for k, v in _constructor_arguments(caller, self).items() if k not in ignored}
         chosen, name = _chosen(args, available, type(self).__name__)
         merged = {**getattr(self, "_hparams", {}), **chosen}
-        self._hparams = AttributeDict({k: v for k, v in merged.items() if k not in ignored})
+        config = next((arg for arg in args if is_config(arg)), None)
+        self._hparams = config or AttributeDict({k: v for k, v in merged.items() if k not in ignored})
         self._hparams_name = name
         self._log_hyperparams = logger
         _warn_of_modules(self._hparams)
-        self._hparams_initial = AttributeDict({k: _copied(v) for k, v in self._hparams.items()})
+        self._hparams_initial = _copies(self._hparams)
 
     @property
     def hparams(self) -> AttributeDict:
@@ -90,16 +91,26 @@ class Hyperparameters:
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyper-parameters as they were when they were saved."""
-        return AttributeDict({k: _copied(v) for k, v in getattr(self, "_hparams_initial", {}).items()})
+        copies: AttributeDict = _copies(getattr(self, "_hparams_initial", AttributeDict()))
+        return copies
 
 
-def storable(hparams: Mapping[str, Any]) -> dict[str, Any]:
+def is_config(value: Any) -> bool:
+    """Whether `value` is a mapping of OmegaConf's. It is kept whole, for its parts refer to each other through it."""
+    return isinstance(value, Mapping) and type(value).__module__.startswith("omegaconf.")
+
+
+def storable(hparams: Mapping[str, Any]) -> Mapping[str, Any]:
     """Those that go into a checkpoint: a module's weights are there already, and its code is no data."""
+    if is_config(hparams):
+        return hparams
     return {key: value for key, value in hparams.items() if not isinstance(value, torch.nn.Module)}
 
 
-def _copied(value: Any) -> Any:
-    return value if isinstance(value, torch.nn.Module) else copy.deepcopy(value)
+def _copies(hparams: Any) -> Any:
+    if is_config(hparams):
+        return copy.deepcopy(hparams)
+    return AttributeDict({k: v if isinstance(v, torch.nn.Module) else copy.deepcopy(v) for k, v in hparams.items()})
 
 
 def _warn_of_modules(hparams: Mapping[str, Any]) -> None:

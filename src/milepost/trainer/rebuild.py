@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import csv
 import inspect
 import json
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from milepost._optional import require
 from milepost.errors import CheckpointNotFoundError, MisconfigurationException
-from milepost.trainer.hparams import AttributeDict
+from milepost.trainer.hparams import AttributeDict, is_config
 
 T = TypeVar("T")
 
@@ -48,13 +49,14 @@ def instantiate(cls: type[T], checkpoint: Mapping[str, Any], overrides: Mapping[
     Raises:
         TypeError: an argument without a default is neither saved nor given.
     """
-    values = {**checkpoint.get(f"{prefix}hyper_parameters", {}), **overrides}
+    saved = checkpoint.get(f"{prefix}hyper_parameters", {})
+    values = {**saved, **overrides}
     _without_instantiator(values)
     name = checkpoint.get(f"{prefix}hparams_name")
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if name in named:
-        values = {**overrides, name: AttributeDict(values)}
+        values = {**overrides, name: _overridden(saved, overrides) if is_config(saved) else AttributeDict(values)}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         values = {key: value for key, value in values.items() if key in named}
     required = [p.name for p in parameters if p.name in named and p.default is p.empty]
@@ -64,6 +66,12 @@ def instantiate(cls: type[T], checkpoint: Mapping[str, Any], overrides: Mapping[
             "or call self.save_hyperparameters() in __init__ before training."
         )
     return cls(**values)
+
+
+def _overridden(config: Any, overrides: Mapping[str, Any]) -> Any:
+    config = copy.deepcopy(config)
+    config.update(overrides)
+    return config
 
 
 def _without_instantiator(values: dict[str, Any]) -> None:
