@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from milepost.trainer.buffers import mark_buffers
 from milepost.trainer.migration import migrate_checkpoint
 from milepost.trainer.module import Module
 from milepost.trainer.optimization import parse_optimizers, require_attached, require_monitors
+from milepost.trainer.parts import EVERY, report, resolve_parts
 from milepost.trainer.profiling import begin_profile, end_profile
 from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.state import restore_model, restore_training
@@ -21,6 +24,8 @@ from milepost.trainer.surface import TrainerState
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
+
+_log = logging.getLogger("milepost")
 
 
 def run(
@@ -31,9 +36,10 @@ def run(
     datamodule: Any,
     ckpt_path: Any,
     weights_only: bool | None,
+    restore: Iterable[str] | str | None = None,
 ) -> Any:
     """Run `fn` of `trainer`. Whatever ends it early, the callbacks are told, loggers and strategy are closed."""
-    provided = model is not None
+    provided, parts = model is not None, resolve_parts(restore)
     model = assembly.checked_module(model, trainer.lightning_module, fn)
     trainer.loaders, trainer.datamodule = assembly.checked_data(loaders, datamodule)
     if fn == "fit":
@@ -48,7 +54,7 @@ def run(
     try:
         # all but fit leave the caller's random numbers alone, whatever the hooks of a set-up draw
         with trainer.signals, nullcontext() if fn == "fit" else isolated_rng():
-            results = _prepare_and_run(trainer, fn, model, weights_only)
+            results = _prepare_and_run(trainer, fn, model, weights_only, parts)
     except BaseException as error:
         trainer.state.status = "interrupted"
         _tell_of(trainer, error)
@@ -77,7 +83,7 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
         trainer.strategy.teardown()
 
 
-def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: bool | None) -> Any:
+def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: bool | None, parts: frozenset[str]) -> Any:
     model.trainer = trainer
     assembly.attach_module_callbacks(trainer, model)
     if trainer.datamodule is not None:
@@ -93,7 +99,8 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     trainer.precision_plugin.convert_module(model)
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
-        restore_model(trainer, checkpoint)
+        trainer.restored = _report(trainer, checkpoint, parts)
+        restore_model(trainer, checkpoint, parts)
     trainer.metrics.clear()  # of the run before this one
     trainer.strategy.setup(trainer)
     if fn == "fit":
@@ -105,7 +112,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         model.zero_grad()  # of the run before this one
         trainer.fit_loop.initial_buffers = mark_buffers(model)
         if checkpoint is not None:
-            restore_training(trainer, checkpoint)
+            restore_training(trainer, checkpoint, parts)
         trainer.fit_loop.optimization.attach(trainer.optimizers)
     del checkpoint
     with torch.autograd.set_detect_anomaly(trainer.detect_anomaly):
@@ -122,6 +129,14 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     for logger in trainer.loggers:
         logger.finalize("success")
     return results
+
+
+def _report(trainer: Trainer, checkpoint: dict[str, Any], parts: frozenset[str]) -> dict[str, str]:
+    keys = {"datamodule": type(trainer.datamodule).__qualname__, "precision": trainer.precision_plugin.state_key}
+    fates = report(checkpoint, parts, **keys)
+    if parts != EVERY:
+        _log.info("%s: %s", trainer.ckpt_path, ", ".join(f"{part} {fate}" for part, fate in fates.items()))
+    return fates
 
 
 def _call_setup(trainer: Trainer, fn: str) -> None:

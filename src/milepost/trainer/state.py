@@ -21,6 +21,7 @@ from milepost.trainer.hparams import storable
 from milepost.trainer.loading import Loading
 from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
+from milepost.trainer.parts import EVERY
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
 from milepost.trainer.standing import Standing, callback_keys, restore_loggers
 
@@ -124,18 +125,25 @@ def _dump_hyper_parameters(checkpoint: dict[str, Any], owner: Any, prefix: str) 
 # ---- restoring ---------------------------------------------------------------------------------------------------
 
 
-def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_model(trainer: Trainer, checkpoint: dict[str, Any], parts: frozenset[str] = EVERY) -> None:
     """Weights, data module and callbacks: before the optimizers exist. Hooks may edit `checkpoint` first."""
     from milepost.trainer.module import load_weights
 
     module = trainer.lightning_module
-    module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint, strict=module.strict_loading)
+    if "model" in parts:
+        module.on_load_checkpoint(checkpoint)
+        load_weights(module, checkpoint, strict=module.strict_loading)
     datamodule = trainer.datamodule
-    if datamodule is not None:
+    if datamodule is not None and "datamodule" in parts:
         datamodule.on_load_checkpoint(checkpoint)
         if state := checkpoint.get(type(datamodule).__qualname__):
             datamodule.load_state_dict(state)
+    if "callbacks" in parts:
+        _restore_callbacks(trainer, checkpoint)
+
+
+def _restore_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    module = trainer.lightning_module
     for callback in trainer.callbacks:
         with trainer.profile("on_load_checkpoint", callback):
             callback.on_load_checkpoint(trainer, module, checkpoint)
@@ -153,20 +161,33 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_training(trainer: Trainer, checkpoint: dict[str, Any], parts: frozenset[str] = EVERY) -> None:
     """Precision, counters, optimizers, schedulers, gradients, and the position at which the loop goes on."""
-    if "optimizer_states" not in checkpoint:
+    if "optimizer_states" not in checkpoint and parts & {"optimizer", "scheduler", "loops"}:
         raise ResumeError(
             "The checkpoint holds the model only (it was saved with save_weights_only=True), so training cannot go on"
-            " from it. Load the weights with load_from_checkpoint and start a new fit."
+            " from it. Take the weights alone with fit(restore={'model'}) or load_from_checkpoint."
         )
-    require_loops(checkpoint)
     precision = trainer.precision_plugin
-    if precision.state_key in checkpoint:
+    if precision.state_key in checkpoint and "precision" in parts:
         precision.load_state_dict(checkpoint[precision.state_key])
+    if "loops" in parts:
+        require_loops(checkpoint)
+        trainer.fit_loop.progress.load_state_dict(checkpoint["loops"]["fit_loop"])
+    if "optimizer" in parts:
+        _restore_optimizers(trainer, checkpoint)
+    if "scheduler" in parts:
+        _restore_schedulers(trainer, checkpoint)
+    if "loops" in parts:
+        _restore_position(trainer, checkpoint)
+    if exact := checkpoint.get("milepost", {}):
+        loop = trainer.fit_loop
+        loop.rng_state = RngState.from_state_dict(exact["rng"]) if "rng" in parts else None
+        trainer.data_seed = exact["data_seed"] if parts & {"rng", "loops"} else trainer.data_seed
+
+
+def _restore_position(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop = trainer.fit_loop
-    loop.progress.load_state_dict(checkpoint["loops"]["fit_loop"])
-    _restore_optimizers(trainer, checkpoint)
     exact = checkpoint.get("milepost")
     loop.resumed = loop.phase = Phase(exact["phase"]) if exact else loop.progress.inferred_phase()
     if loop.phase is Phase.BETWEEN_EPOCHS:
@@ -194,7 +215,6 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     loop, module, exact = trainer.fit_loop, trainer.lightning_module, checkpoint["milepost"]
-    trainer.data_seed = exact["data_seed"]
     trainer.evaluation_loops["validation"].seen_batches.update(exact.get("validated_batches", {}))
     trainer.metrics.load_state_dict(exact["metrics"], module)
     restore_metric_states(module, exact.get("metric_objects", {}))
@@ -210,7 +230,6 @@ def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         part.loading_to_repeat = Loading.from_state_dict(loadings[name]) if name in loadings else None
     loop.stream_state = exact.get("data")
     loop.parts_in_eval = exact.get("in_eval")
-    loop.rng_state = RngState.from_state_dict(exact["rng"])
     loop.kept = Standing(checkpoint["epoch"], checkpoint["loops"]["fit_loop"], exact)  # until it goes on
     parameters = {name.replace(_COMPILED, ""): p for name, p in module.named_parameters()}
     for name, gradient in exact.get("gradients", {}).items():
@@ -223,7 +242,7 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if len(states) != len(trainer.optimizers):
         raise ResumeError(
             f"The checkpoint holds {len(states)} optimizers, configure_optimizers returned {len(trainer.optimizers)}."
-            " They must be the same to go on; to train on with others, load the weights with load_from_checkpoint."
+            " They must be the same to go on; to train on with others, leave them out: fit(restore={'model', ...})."
         )
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
         saved = [len(group["params"]) for group in state["param_groups"]]
@@ -235,6 +254,9 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             )
         _load_optimizer(optimizer, state)
         _keep_saved_dtypes(optimizer, state)
+
+
+def _restore_schedulers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     schedulers = checkpoint.get("lr_schedulers", [])
     if len(schedulers) != len(trainer.lr_scheduler_configs):
         raise ResumeError(
@@ -257,8 +279,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     if missing:
         raise ResumeError(
             f"The saved optimizer state has no {sorted(missing)}, which {type(optimizer).__name__} needs: it was"
-            " saved by another class of optimizer. Use that one, or load the weights alone with"
-            " load_from_checkpoint."
+            " saved by another class of optimizer. Use that one, or leave its state out: fit(restore={'model', ...})."
         ) from cause
 
 

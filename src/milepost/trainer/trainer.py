@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -151,6 +151,7 @@ class Trainer(TrainerSurface):
         self.should_stop = False
         self.signals = SignalFlags(preemption)
         self.ckpt_path: str | None = None
+        self.restored: dict[str, str] = {}  # what became of each part of the checkpoint
         self.datamodule: DataModule | None = None
         self.loaders: dict[str, Any] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -173,6 +174,8 @@ class Trainer(TrainerSurface):
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        *,
+        restore: Iterable[str] | str | None = None,
     ) -> None:
         """Train `model`.
 
@@ -182,13 +185,16 @@ class Trainer(TrainerSurface):
             ckpt_path: what to resume from: a path, ``"best"``, ``"last"`` (the newest good checkpoint), ``"hpc"``, or
                 ``"auto"`` (the newest good one, or a fresh start where there is none).
             weights_only: False loads checkpoints that hold pickled objects, which runs code of the file.
+            restore: the parts to take from the checkpoint, such as ``{"model", "optimizer"}``: model, datamodule,
+                callbacks, precision, optimizer, scheduler, loops (the position in the run), rng. None: all of it.
+                What became of each is in ``trainer.restored`` then.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or unsafe.
             ResumeError: it does not fit this model or run.
         """
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
-        run(self, "fit", model, loaders, datamodule, ckpt_path, weights_only)
+        run(self, "fit", model, loaders, datamodule, ckpt_path, weights_only, restore)
 
     def validate(
         self, model: Module | None = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
