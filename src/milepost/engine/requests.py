@@ -7,7 +7,7 @@ to be copied; a `Destination` is memory that a stored tensor is read into. Offse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from milepost.format.layout import BlobLayout, TensorEntry
 
@@ -63,6 +63,14 @@ class Image(Protocol):
 
         Behind the end of the file, up to `stop`, stands anything.
         """
+
+
+@runtime_checkable
+class Tailed(Protocol):
+    """An `Image` after whose bytes there stands something that depends on their digests."""
+
+    def tail(self, digests: str) -> bytes:
+        """What the file ends with. Called once, when everything before is on its way to the disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
-from milepost.engine.requests import CHUNK_BYTES, Image
+from milepost.engine.requests import CHUNK_BYTES, Image, Tailed
 from milepost.engine.staging import Memory
 from milepost.format.layout import PIECE_BYTES
 from milepost.storage.files import ALIGN_BYTES, Files
@@ -100,8 +100,11 @@ class BlobWriting:
             target.left -= 1
             last = target.left == 0
         if last:
+            extra = target.image.tail("".join(target.digests)) if isinstance(target.image, Tailed) else b""
+            if extra:
+                self._files.write(target.descriptor, memoryview(extra), size)
             target.open = False
-            self._files.finish(target.descriptor, size)
+            self._files.finish(target.descriptor, size + len(extra))
 
 
 def piece_digests(data: memoryview) -> str:

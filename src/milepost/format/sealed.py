@@ -46,15 +46,25 @@ def write(file: IO[bytes], save: Callable[[Any], None]) -> None:
     start, head, directory = _read_back(file, through)
     whole = start // PIECE_BYTES
     covered = through.digests[:whole] + ([_digest(head)] if head else [])
-    tail = _Tail(start, directory)
-    with zipfile.ZipFile(tail, "a", zipfile.ZIP_STORED) as archive:
+    file.seek(start)
+    file.write(tail(start, directory, covered))
+
+
+def tail(start: int, directory: bytes, digests: list[str]) -> bytes:
+    """What stands from `start` to the end of a sealed file.
+
+    Args:
+        start: where the archive's own directory was to begin; the bytes before it have these `digests`.
+        directory: from there to the end of the unsealed archive.
+    """
+    end = _Tail(start, directory)
+    with zipfile.ZipFile(end, "a", zipfile.ZIP_STORED) as archive:
         entry = zipfile.ZipInfo(f"{archive.namelist()[0].split('/')[0]}/{_SEAL}")
-        seal = {"version": _VERSION, "piece_bytes": PIECE_BYTES, "length": start, "xxh3_128": covered}
+        seal = {"version": _VERSION, "piece_bytes": PIECE_BYTES, "length": start, "xxh3_128": digests}
         archive.writestr(entry, json.dumps(seal))  # goes where the directory was
         archive.comment = bytes(_COMMENT_BYTES)
-    content = tail.getvalue()[:-_COMMENT_BYTES]
-    file.seek(start)
-    file.write(content + _MARK + _digest(content).encode())
+    content = end.getvalue()[:-_COMMENT_BYTES]
+    return content + _MARK + _digest(content).encode()
 
 
 class _Digesting:

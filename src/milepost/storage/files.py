@@ -58,6 +58,8 @@ class Files(Protocol):
 class LocalFiles:
     """The machine's own file system. Direct I/O where the file system takes it; where not, buffered and fsynced."""
 
+    _created = os.O_CREAT | os.O_EXCL
+
     def __init__(self) -> None:
         self._buffered: set[int] = set()
 
@@ -65,7 +67,7 @@ class LocalFiles:
         os.mkdir(path)  # noqa: PTH102  # this module is where the calls are made
 
     def create(self, path: str, size: int) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CLOEXEC | self._created
         descriptor = -1
         if size >= ALIGN_BYTES and hasattr(os, "O_DIRECT"):
             try:
@@ -73,8 +75,9 @@ class LocalFiles:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                     raise
-                with suppress(FileNotFoundError):  # some systems create the file before they refuse
-                    os.unlink(path)  # noqa: PTH108
+                if self._created:
+                    with suppress(FileNotFoundError):  # some systems create the file before they refuse
+                        os.unlink(path)  # noqa: PTH108
         if descriptor < 0:
             descriptor = os.open(path, flags, 0o644)
             self._buffered.add(descriptor)
@@ -105,7 +108,8 @@ class LocalFiles:
     def finish(self, descriptor: int, size: int) -> None:
         try:
             os.ftruncate(descriptor, size)
-            os.fchmod(descriptor, 0o444)
+            if self._created:
+                os.fchmod(descriptor, 0o444)
             os.fsync(descriptor)
         finally:
             self.abandon(descriptor)
@@ -140,6 +144,12 @@ class LocalFiles:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
         self._buffered.add(descriptor)
+
+
+class ExistingFile(LocalFiles):
+    """Writes over a file that is there already, such as one whose lock tells that its writer lives; keeps its mode."""
+
+    _created = 0
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from milepost.engine import values
+from milepost.engine import torch_file, values
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 from milepost.format import sealed, torch_zip
 from milepost.plugins.io import foreign_pickle
@@ -51,11 +51,15 @@ class TorchCheckpointIO(CheckpointIO):
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         with local.replacing(path, step=step) as file:
             plain = values.to_plain(checkpoint, warn=not self._allow_pickle)
-            sealed.write(file, lambda out: self._serialise(plain, out))
+            self._write(plain, file)
 
-    def _serialise(self, plain: dict[str, Any], out: Any) -> None:
-        """Write the zip archive into `out`, which can only be appended to."""
-        torch.save(plain, out)
+    def _write(self, plain: dict[str, Any], file: IO[bytes]) -> None:
+        """Write a sealed archive into the empty `file`."""
+        image = torch_file.image_of(plain)
+        if image is None:
+            sealed.write(file, lambda out: torch.save(plain, out))
+        else:
+            torch_file.write(image, file.fileno())
 
     def check(self, checkpoint: dict[str, Any]) -> None:
         """Find what a save could only pickle; nothing is written.

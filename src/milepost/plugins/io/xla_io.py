@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import IO, Any
 
 from milepost import _optional
+from milepost.format import sealed
 from milepost.plugins.io.torch_io import TorchCheckpointIO
 
 
@@ -19,7 +20,7 @@ class XLACheckpointIO(TorchCheckpointIO):
         super().__init__(allow_pickle=allow_pickle)
         self._model = _optional.require("torch_xla.core.xla_model", extra="xla", needed_by="XLACheckpointIO")
 
-    def _serialise(self, plain: dict[str, Any], out: Any) -> None:
+    def _write(self, plain: dict[str, Any], file: IO[bytes]) -> None:
         # The strategy has decided which process saves. Left to itself xm.save writes on each host's first process
         # only, and returns without a word, and without a file, on any other.
-        self._model.save(plain, out, master_only=False)
+        sealed.write(file, lambda out: self._model.save(plain, out, master_only=False))

@@ -1,0 +1,96 @@
+"""torch's zip file written by the engine: what torch, zip tools and the seal say of it."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from milepost.engine import torch_file
+from milepost.format import sealed
+from milepost.plugins import TorchCheckpointIO
+
+MIB = 1 << 20
+
+
+def states() -> dict[str, Any]:
+    big = torch.randn(9 * MIB + 17)  # a record over three chunks
+    return {
+        "several chunks": {"a": torch.randn(1001), "big": big, "tied": big, "view": big[5:99:2], "b": torch.randn(MIB)},
+        "small": {"w": torch.ones(3), "n": [1, {"deep": torch.zeros(2, 2)}], "empty": torch.empty(0, 3)},
+        "no tensor": {"a": 1},
+        "every type": {
+            str(t): torch.ones(5).to(t)
+            for t in (torch.bfloat16, torch.bool, torch.int8, torch.float8_e5m2, torch.uint16, torch.complex64)
+        },
+        "parameters": {"p": torch.nn.Parameter(torch.randn(4)), "order": torch.nn.Linear(3, 2).state_dict()},
+    }
+
+
+@pytest.mark.parametrize("name", list(states()))
+def test_torch_and_zip_tools_find_it_sound(tmp_path: Path, name: str) -> None:
+    state = states()[name]
+    assert torch_file.image_of(state) is not None
+    path = tmp_path / "a.ckpt"
+    TorchCheckpointIO().save_checkpoint(state, path)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    with path.open("rb") as file:
+        assert sealed.verify(file, str(path))
+    for options in ({}, {"mmap": True}):
+        assert_equal(torch.load(path, weights_only=True, **options), state)
+    if "tied" in state:
+        loaded = torch.load(path, weights_only=True)
+        assert loaded["tied"].data_ptr() == loaded["big"].data_ptr()
+        assert loaded["view"].untyped_storage().data_ptr() == loaded["big"].untyped_storage().data_ptr()
+        assert path.stat().st_size < 1.01 * (state["big"].nbytes + state["b"].nbytes + 5000)
+
+
+def test_it_is_what_torch_itself_writes(tmp_path: Path) -> None:
+    """Record for record, the checksums too; the seal is added, and an identifier is of the archive without tensors."""
+    state = states()["small"]
+    path, theirs = tmp_path / "a.ckpt", io.BytesIO()
+    TorchCheckpointIO().save_checkpoint(state, path)
+    torch.save(state, theirs)
+    with zipfile.ZipFile(path) as ours, zipfile.ZipFile(theirs) as other:
+        mine = {i.filename.split("/", 1)[1]: (ours.read(i), i.CRC) for i in ours.infolist()}
+        expected = {i.filename.split("/", 1)[1]: (other.read(i), i.CRC) for i in other.infolist()}
+    assert set(mine) - set(expected) == {"milepost/seal"}
+    assert {r for r, content in expected.items() if mine[r] != content} <= {".data/serialization_id"}
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert found.reshape(-1).tolist() == expected.detach().reshape(-1).tolist()
+    elif isinstance(expected, dict):
+        for key in expected:
+            assert_equal(found[key], expected[key])
+    else:
+        assert (
+            [type(v) for v in found] == [type(v) for v in expected] if isinstance(expected, list) else found == expected
+        )
+
+
+@pytest.mark.parametrize("odd", [torch.ones(3).to_sparse(), torch.ones(2, device="meta")])
+def test_what_cannot_be_laid_out_goes_through_torch(tmp_path: Path, odd: torch.Tensor) -> None:
+    state = {"odd": odd, "w": torch.ones(3)}
+    assert torch_file.image_of(state) is None
+    TorchCheckpointIO().save_checkpoint(state, tmp_path / "a.ckpt")
+    assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=True)["w"], state["w"])
+
+
+def test_a_tensor_inside_a_pickled_object_goes_through_torch(tmp_path: Path) -> None:
+    holder = Holder(torch.arange(5))
+    assert torch_file.image_of({"odd": holder, "w": torch.ones(3)}) is None
+    TorchCheckpointIO(allow_pickle=True).save_checkpoint({"odd": holder, "w": torch.ones(3)}, tmp_path / "a.ckpt")
+    assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=False)["odd"].tensor, torch.arange(5))
+
+
+class Holder:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
