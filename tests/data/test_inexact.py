@@ -13,6 +13,8 @@ import torch
 from test_stream import Flow, Numbers, epoch_of, same, stream_of, through_a_file
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, IterDataPipe, RandomSampler, Sampler
 
+from milepost.errors import ResumeError
+
 FORK = {"num_workers": 2, "multiprocessing_context": "fork"}
 
 
@@ -178,3 +180,28 @@ def test_goes_on_without_a_word(case: str) -> None:
 def test_other_workers_do_not_matter_to_a_map_dataset() -> None:
     expected, found, told = resume(EXACT["worker_init_fn"], lambda: DataLoader(Numbers(), batch_size=3, shuffle=True))
     assert same(found, expected) and not told
+
+
+def plain() -> Any:
+    return DataLoader(Numbers(), batch_size=3)
+
+
+def generated() -> Any:
+    return DataLoader(Numbers(), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("before", "after"), [(generated, lambda: [generated(), plain()]), (generated, plain)])
+def test_other_loaders_begin_the_next_epoch_but_cannot_go_on_inside_one(before: Any, after: Any) -> None:
+    first = stream_of(before())
+    first.begin(0)
+    next(first)
+    inside, between = first.state_dict(), first.resting_state()
+    second = stream_of(after())
+    second.load_state_dict(inside)
+    with pytest.raises(ResumeError, match=r"positions of 1 loaders|had 1 generators"):
+        second.begin(0)
+    third = stream_of(after())
+    with pytest.warns(UserWarning, match="gives other loaders than before") as told:
+        third.load_resting_state(between)
+    assert len(told) == 1
+    assert len(epoch_of(third, 1)) == 8

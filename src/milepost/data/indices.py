@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from milepost.data.rng import PrivateRng, seed_all
+from milepost.errors import ResumeError
 
 _DRAW_AT_ONCE = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
@@ -92,7 +93,18 @@ def order_state(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def restore_order(loader: DataLoader[Any], state: dict[str, Any]) -> None:
-    """Put back what `order_state` returned."""
+    """Put back what `order_state` returned.
+
+    Raises:
+        ResumeError: the loader has other generators, or other samplers with a state.
+    """
+    found = len(_generators_of(loader)), sum(map(_is_stateful, sampler_parts(loader)))
+    saved_counts = len(state["generators"]), len(state["samplers"])
+    if found != saved_counts:
+        raise ResumeError(
+            f"The checkpoint's loader had {saved_counts[0]} generators and {saved_counts[1]} samplers with a state,"
+            f" this one has {found[0]} and {found[1]}. Build the loader as it was to go on inside its epoch."
+        )
     for generator, saved in zip(_generators_of(loader), state["generators"], strict=True):
         _set_generator(generator, saved)
     stateful = [part for part in sampler_parts(loader) if _is_stateful(part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -186,11 +187,19 @@ class BatchStream:
         return [source.resting_state() for source in self._sources]
 
     def load_resting_state(self, states: list[Any]) -> None:
-        """Put back what `resting_state` returned, before the next `begin`."""
-        self._refuse_others(states)
-        for source, state in zip(self._sources, states, strict=True):
-            if state is not None:
-                source.load_resting_state(state)
+        """Put back what `resting_state` returned, before the next `begin`.
+
+        A new epoch may well be read from other loaders: that is a warning, and they begin as they are.
+        """
+        try:
+            self._refuse_others(states)
+            for source, state in zip(self._sources, states, strict=True):
+                if state is not None:
+                    source.load_resting_state(state)
+        except ResumeError as error:
+            warnings.warn(
+                f"{self._name} gives other loaders than before, which begin as they are. {error}", stacklevel=2
+            )
 
     def own_states(self, state: dict[str, Any]) -> list[Any]:
         """What loaders with a state of their own said of the position `state`, as Lightning keeps it."""
