@@ -57,6 +57,21 @@ def in_parts(side: Any) -> Any:
     return InParts()
 
 
+def turns(side: Any) -> Any:
+    """Backbone and head by turns: what stands in the optimizer may be frozen all the same."""
+
+    class Turns(side.callbacks.BaseFinetuning):  # type: ignore[misc]
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.backbone, train_bn=False)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+                self.freeze(pl_module.head)
+
+    return Turns()
+
+
 def once(side: Any) -> Any:
     return backbone(side, backbone_initial_lr=0.01, should_align=False, lambda_func=lambda epoch: 1.5, train_bn=False)
 
@@ -70,7 +85,7 @@ def test_weights_are_those_of_lightning(callback: Any, tmp_path: Path) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("callback", [backbone, in_parts])
+@pytest.mark.parametrize("callback", [backbone, in_parts, turns])
 def test_a_run_that_is_cut_at_any_step_ends_with_the_same_weights(callback: Any, tmp_path: Path) -> None:
     def run(folder: str, resume: Path | None = None) -> Any:
         return fit(milepost, tmp_path / folder, net, [callback(milepost)], 4, resume)

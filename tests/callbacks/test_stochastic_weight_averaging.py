@@ -76,10 +76,16 @@ def test_a_run_that_is_cut_at_any_step_ends_with_the_same_weights(norm: bool, tm
         make = lambda side: net(side, norm=norm, dropout=True)  # noqa: E731
         return fit(milepost, tmp_path / folder, make, [averaging(milepost)], 4, resume)
 
+    def counts(trainer: Any) -> tuple[int, int]:
+        state = trainer.callbacks[0].state_dict()
+        return state["n_averaged"], state["latest_update_epoch"]
+
     trainer, whole = run("whole")
+    assert counts(trainer) == (3, 3)
     for step in (2, BATCHES, BATCHES + 2, 2 * BATCHES, 3 * BATCHES + 1, 4 * BATCHES):
         again, resumed = run(f"from {step}", tmp_path / "whole" / f"{step}.ckpt")
         assert_equal_state(whole, resumed)
+        assert counts(again) == counts(trainer)
         assert again.optimizers[0].param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"]
 
 
