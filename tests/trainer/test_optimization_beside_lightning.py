@@ -367,7 +367,7 @@ def test_what_is_no_loss_is_refused(returned: Any) -> None:
     assert ours.error is MisconfigurationException
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"val_check_interval": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"val_check_interval": 2}], ids=str)
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("at", [0, 2])
 def test_minus_one_from_on_train_batch_start_skips_the_rest(at: int, interval: str, options: dict[str, Any]) -> None:
