@@ -12,6 +12,7 @@ _NAMES = {
     "LightningDataModule": "milepost.trainer.datamodule",
     "Callback": "milepost.callbacks.callback",
     "Checkpointer": "milepost.engine.checkpointer",
+    "RandomState": "milepost.data.rng",
     "seed_everything": "milepost.data.rng",
 }
 _PARTS = ("callbacks", "loggers", "plugins", "profilers", "strategies", "utilities")  # `pl.callbacks`, as users write

@@ -79,6 +79,20 @@ class RngState:
         )
 
 
+class RandomState:
+    """The process's random state as something with a state, for `milepost.Checkpointer`: it is restored last of all."""
+
+    restored_last = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As it is now."""
+        return RngState.capture().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make `state` that of the process."""
+        RngState.from_state_dict(state).restore()
+
+
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed Python, NumPy and torch on all devices, and remember the seed in ``PL_GLOBAL_SEED`` for child processes.
 
