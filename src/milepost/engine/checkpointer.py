@@ -196,13 +196,16 @@ class Checkpointer:
         return self._present()
 
     def _present(self) -> list[int]:
-        found = []
-        if self.directory.is_dir():
-            for entry in self.directory.iterdir():
+        while True:
+            found, gone = [], False
+            for entry in self.directory.iterdir() if self.directory.is_dir() else ():
                 match = _NAME.fullmatch(entry.name.removeprefix(REPLACED))
                 if match and (entry / HEAD_NAME).is_file():
                     found.append(int(match[1]))
-        return sorted(set(found))
+                elif match:
+                    gone = gone or not os.path.lexists(entry)
+            if not gone:  # else somebody removes while we list, and may have saved what is not in the list
+                return sorted(set(found))
 
     def restore(self, state: MutableMapping[str, Any], step: int | None = None) -> int:
         """Put the newest good checkpoint into `state`: into the tensors that are there.

@@ -270,6 +270,16 @@ def _locked(path: str, *, wait: bool) -> int | None:
     return descriptor
 
 
+Identity = tuple[int, int, int, int]
+"""Tells a file from one that has its name, or later its inode: device, inode, size, time of the last write."""
+
+
+def identity(path: str, directory: int | None = None) -> Identity:
+    """The identity of the file at `path`, which is not followed if it is a link."""
+    status = os.stat(path, dir_fd=directory, follow_symlinks=False)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _is_directory(path: str) -> bool:
     """Whether it is one itself, not a link to one."""
     try:

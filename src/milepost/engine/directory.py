@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -11,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from milepost.engine.collector import collector_paused
-from milepost.engine.commit import PendingDirectory, make_parents, remove_checkpoint, sweep
+from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
 from milepost.engine.planner import Earlier, plan_groups
-from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Destination, Image
 from milepost.engine.save import Committed, Saving
 from milepost.engine.staging import Arena, LiveImage, Source
@@ -204,19 +205,19 @@ class DirectoryEngine:
         return StoredCheckpoint(target)
 
     def reading(self, path: str | os.PathLike[str], read: Callable[[StoredCheckpoint], _T]) -> _T:
-        """Open a checkpoint and call `read` with it; where it is replaced meanwhile, once more with the new one.
+        """Open a checkpoint and call `read` with it; where it is replaced meanwhile, again with the new one.
 
         Raises:
             CheckpointNotFoundError: it is not there, or was removed while it was read.
         """
-        with self.open(path) as stored:
-            try:
-                return read(stored)
-            except (CheckpointCorruptError, CheckpointFormatError):
-                if stored.is_current():
-                    raise
-        with self.open(path) as stored:
-            return read(stored)
+        for left in reversed(range(READ_ATTEMPTS)):
+            with self.open(path) as stored:
+                try:
+                    return read(stored)
+                except (CheckpointCorruptError, CheckpointFormatError):
+                    if left == 0 or stored.is_current():
+                        raise
+        raise AssertionError("the last attempt returns or raises")
 
     def load(self, path: str | os.PathLike[str], *, unpickle: bool = False) -> dict[str, Any]:
         """Read a whole checkpoint, every byte of it verified.
@@ -289,13 +290,15 @@ class DirectoryEngine:
         """
         self._drain()
         origin, goal = os.path.abspath(source), os.path.abspath(target)  # noqa: PTH100
-        os.makedirs(os.path.dirname(goal), exist_ok=True)  # noqa: PTH103, PTH120
+        make_parents(self.files, os.path.dirname(goal))  # noqa: PTH120
         with StoredCheckpoint(origin) as stored:
-            names = stored.files()
+            identities = stored.identities()
         pending = PendingDirectory(self.files, goal)
         try:
-            for name in names:
+            for name, known in identities.items():
                 self.files.link(f"{origin}/{name}", pending.file(name))
+                if identity(pending.file(name)) != known:
+                    raise OSError(errno.ESTALE, "the checkpoint was replaced meanwhile", origin)
             pending.commit()
         except OSError:
             pending.abandon()
@@ -309,7 +312,7 @@ class DirectoryEngine:
                 Earlier(f"{stored.path}/{blob.name}", blob, stored.index(number))
                 for number, blob in enumerate(stored.head.blobs)
             )
-            self._last = Committed(stored.path, stored.head, blobs)
+            self._last = Committed(stored.path, stored.head, blobs, stored.identities())
 
 
 def _as_save_error(error: BaseException, save: DirectorySave) -> BaseException:

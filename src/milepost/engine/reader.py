@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from milepost.engine.commit import REPLACED
+from milepost.engine.commit import REPLACED, Identity, identity
 from milepost.engine.requests import CHUNK_BYTES, Destination
 from milepost.engine.writer import Workers, piece_digests
 from milepost.errors import (
@@ -25,6 +25,8 @@ from milepost.format.layout import PIECE_BYTES, TensorEntry, pieces_of
 from milepost.format.manifest import Blob, Head, Index, Stored
 from milepost.storage.files import ALIGN_BYTES
 
+READ_ATTEMPTS = 20
+"""How often a checkpoint that is replaced while it is read is read anew. Only savers that do nothing else need many."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -40,7 +42,7 @@ class StoredCheckpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.bytes_read = 0
-        for again in (True, False):
+        for left in reversed(range(READ_ATTEMPTS)):
             self._directory = _open_directory(self.path)
             try:
                 self.head: Head = manifest.decode_head(self._head_bytes(), self._in(manifest.HEAD_NAME))
@@ -48,7 +50,7 @@ class StoredCheckpoint:
             except BaseException as error:
                 replaced = isinstance(error, CheckpointError) and not self.is_current()
                 self.close()
-                if not (again and replaced):
+                if left == 0 or not replaced:
                     raise
         self._lock = threading.Lock()
         self._indexes: dict[int, Index] = {}
@@ -64,10 +66,16 @@ class StoredCheckpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def files(self) -> list[str]:
-        """Names of all the files it consists of, the head last."""
-        names = [name for blob in self.head.blobs for name in (blob.name, blob.index.name)]
-        return [*names, *(found.name for found in self.head.maps), self.head.tree.name, manifest.HEAD_NAME]
+    def identities(self) -> dict[str, Identity]:
+        """All the files it consists of, the head last.
+
+        Raises:
+            CheckpointCorruptError: one is missing.
+        """
+        try:
+            return {name: identity(name, self._directory) for name in self.head.files()}
+        except OSError as error:
+            raise CheckpointCorruptError(f"A file of {self.path} is missing: {error}.", path=self.path) from error
 
     def is_current(self) -> bool:
         """Whether the directory that is held open still lies at its path: neither replaced nor removed meanwhile."""

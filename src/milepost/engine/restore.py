@@ -148,7 +148,10 @@ def _give(value: Any, made: Any) -> Any:
         _give_module(value, made)
         return value
     if isinstance(value, Optimizer) and type(value).load_state_dict is Optimizer.load_state_dict:
-        _give_optimizer(value, made)
+        try:
+            _give_optimizer(value, made)
+        except Exception as error:  # its own code meets what the file holds
+            raise ResumeError(f"{type(value).__name__} does not take its stored state: {error!r}.") from error
         return value
     if _stateful(value):
         value.load_state_dict(made)

@@ -13,7 +13,7 @@ import msgspec
 
 from milepost.engine import planner
 from milepost.engine.collector import collector_paused
-from milepost.engine.commit import PendingDirectory
+from milepost.engine.commit import Identity, PendingDirectory, identity
 from milepost.engine.planner import Earlier
 from milepost.engine.requests import CHUNK_BYTES, BlobPlan, Image
 from milepost.engine.staging import part_of
@@ -27,11 +27,16 @@ from milepost.storage.files import Files
 
 @dataclass(frozen=True)
 class Committed:
-    """What is remembered of a commit, so that the next save can use it again."""
+    """What is remembered of a commit, so that the next save can use it again.
+
+    Attributes:
+        identities: of its files by name: another process may have put another checkpoint at the path since.
+    """
 
     path: str
     head: Head
     blobs: tuple[Earlier, ...]
+    identities: Mapping[str, Identity]
 
     def group(self, name: str) -> list[Earlier]:
         return [earlier for earlier in self.blobs if earlier.blob.group == name]
@@ -67,6 +72,7 @@ class Saving:
         self._flattened = flattened
         self._plans = plans
         self._images = images
+        self._known: dict[str, Identity] = {}  # by path: what of the last commit may be linked
 
     def run(
         self, target: str, step: int, metrics: Mapping[str, float], last: Committed | None, world_size: int = 1
@@ -76,17 +82,20 @@ class Saving:
         Raises:
             OSError: nothing was committed, and nothing is left behind.
         """
+        self._known = {f"{last.path}/{name}": found for name, found in last.identities.items()} if last else {}
         planned = zip(self._plans, self._images, strict=True)
         parts = [part for plan, image in planned for part in self._parts(plan, image, last)]
         pending = PendingDirectory(self._files, target)
         try:
             blobs = self._write_blobs(pending, parts)
             head = self._write_rest(pending, blobs, step, metrics, last, world_size)
+            identities = {name: identity(pending.file(name)) for name in head.files()}
             pending.commit()
         except BaseException:
             pending.abandon()
             raise
-        return Committed(target, head, tuple(replace(b, path=f"{target}/{b.blob.name}") for b in blobs))
+        blobs = [replace(b, path=f"{target}/{b.blob.name}") for b in blobs]
+        return Committed(target, head, tuple(blobs), identities)
 
     # ---- what can be used again ------------------------------------------------------------------------------------
 
@@ -229,12 +238,18 @@ class Saving:
         return stored
 
     def _linked(self, source: str, target: str) -> bool:
-        """Whether the link could be made. Where not (too many, another device, gone, not supported), it is written."""
+        """Whether the link could be made. Where not (too many, another device, gone, not supported), it is written.
+
+        So it is where the link turns out to be one to another file: somebody has replaced the last checkpoint.
+        """
         try:
             self._files.link(source, target)
         except OSError:
             return False
-        return True
+        if identity(target) == self._known.get(source):
+            return True
+        self._files.remove_file(target)
+        return False
 
     def _write(self, path: str, data: bytes) -> None:
         descriptor = self._files.create(path, 0)

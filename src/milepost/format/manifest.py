@@ -76,6 +76,11 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tree: Stored
     maps: list[Stored] = []
 
+    def files(self) -> list[str]:
+        """Names of all the files that the checkpoint consists of, the head last."""
+        names = [name for blob in self.blobs for name in (blob.name, blob.index.name)]
+        return [*names, *(found.name for found in self.maps), self.tree.name, HEAD_NAME]
+
 
 class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What lies where in one blob, in columns: a million tensors then cost little more than their names.
