@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from beside import Flow, Record, check, fit, loader, module_of, run
+from beside import SETTINGS, Flow, Record, check, fit, loader, module_of, run
 from torch.utils.data import DataLoader, TensorDataset
 
 from milepost.errors import MisconfigurationException
@@ -174,6 +174,60 @@ def test_both_refuse(options: dict[str, Any]) -> None:
 def test_both_refuse_a_fraction_of_an_unknown_length(options: dict[str, Any]) -> None:
     ours, _ = check(plain_fit(options, flow, flow))
     assert ours.error is MisconfigurationException
+
+
+READ = (
+    "max_steps", "min_steps", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
+    "limit_test_batches", "limit_predict_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
+    "log_every_n_steps", "fast_dev_run", "gradient_clip_val", "reload_dataloaders_every_n_epochs", "global_step",
+    "current_epoch", "is_last_batch", "should_stop", "num_training_batches", "num_val_batches", "num_test_batches",
+    "num_sanity_val_batches", "train_dataloader", "val_dataloaders", "world_size", "global_rank", "local_rank",
+    "num_devices", "device_ids", "num_nodes", "node_rank", "is_global_zero", "training", "testing", "validating",
+    "predicting", "sanity_checking", "evaluating", "interrupted", "precision", "barebones", "received_sigterm",
+    "ckpt_path", "model", "lightning_module", "optimizers", "lr_scheduler_configs", "early_stopping_callback",
+    "progress_bar_callback", "checkpoint_callback",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": 5, "min_steps": 3, "precision": 64, "gradient_clip_val": 1},
+        {"fast_dev_run": True},
+        {"overfit_batches": 3},
+        {"limit_train_batches": 2.0, "limit_val_batches": 0.5},
+    ],
+    ids=str,
+)
+def test_a_new_trainer_reads_the_same(options: dict[str, Any]) -> None:
+    def case(library: Any, record: Record) -> None:
+        trainer = library.Trainer(**SETTINGS, **options)
+        record.left = {name: getattr(trainer, name) for name in READ}
+
+    ours, _ = check(case)
+    assert ours.error is None
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_both_refuse_a_module_without_a_step(stage: str) -> None:
+    def case(library: Any, record: Record) -> None:
+        getattr(library.Trainer(**SETTINGS, logger=False), stage)(library.LightningModule(), loader())
+
+    ours, theirs = check(case)
+    assert ours.error is MisconfigurationException and theirs.error is not None
+
+
+@pytest.mark.parametrize("options", [{"min_steps": 1}, {"min_steps": 4}, {"min_epochs": 1}, {"min_epochs": 0}], ids=str)
+def test_a_stop_inside_the_first_epoch(options: dict[str, Any]) -> None:
+    def case(library: Any, record: Record) -> None:
+        class Net(module_of(library, record)):  # type: ignore[misc]
+            def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+                self.trainer.should_stop |= self.global_step == 2
+
+        fit(library, record, Net(), loader(), loader(3), **options)
+
+    check(case)
 
 
 def test_a_difference_would_be_found() -> None:

@@ -45,10 +45,13 @@ class EvaluationLoop:
     @property
     def enabled(self) -> bool:
         """Whether there is anything to run: a step is defined, batches are not limited to none."""
-        step_defined = self.stage == "predict" or is_overridden(
-            f"{self.stage}_step", self.trainer.lightning_module, Module
-        )
-        return step_defined and self.limit != 0
+        return self.step_defined and self.limit != 0
+
+    @property
+    def step_defined(self) -> bool:
+        """Whether the module has a step of this stage; the one of `predict` calls the module where it has none."""
+        module = self.trainer.lightning_module
+        return self.stage == "predict" or is_overridden(f"{self.stage}_step", module, Module)
 
     @property
     def limit(self) -> int | float:

@@ -188,6 +188,10 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
     with loop.without_gradients():
         trainer.data_seed = run_seed()
         loop.load_data()
+        if not loop.step_defined:
+            raise MisconfigurationException(
+                f"`Trainer.{fn}` needs {type(trainer.lightning_module).__name__} to define `{loop.stage}_step`."
+            )
         if loop.limit == 0:
             return None if fn == "predict" else []
         if loop.stream is None:

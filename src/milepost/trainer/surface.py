@@ -261,6 +261,24 @@ class TrainerSurface:
         return _distributed.world_size()
 
     @property
+    def num_nodes(self) -> int:
+        return 1
+
+    @property
+    def node_rank(self) -> int:
+        return 0
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that this node trains on."""
+        return len(self.device_ids)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Indices of the devices that this node trains on; 0 for the CPU."""
+        return [self.strategy.root_device.index or 0]
+
+    @property
     def is_global_zero(self) -> bool:
         return self.strategy.is_global_zero
 

@@ -115,7 +115,9 @@ class Trainer(TrainerSurface):
         self.limit_val_batches = defaults.batch_limit(limit_val_batches, "limit_val_batches", dev)
         self.limit_test_batches = defaults.batch_limit(limit_test_batches, "limit_test_batches", dev)
         self.limit_predict_batches = defaults.batch_limit(limit_predict_batches, "limit_predict_batches", dev)
-        self.overfit_batches = overfit_batches
+        self.overfit_batches = defaults.batch_limit(overfit_batches, "overfit_batches", 0)
+        if self.overfit_batches:
+            self.limit_train_batches = self.limit_val_batches = self.overfit_batches
         self.check_val_every_n_epoch = check_val_every_n_epoch
         self.val_check_interval, self.val_check_seconds = assembly.validation_interval(
             val_check_interval, check_val_every_n_epoch
