@@ -17,7 +17,7 @@ from typing import IO, Any
 import xxhash
 
 from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError
-from milepost.format.torch_zip import tensors_of_records
+from milepost.format.torch_zip import check_sizes, tensors_of_records
 
 PIECE_BYTES = 1 << 20
 _VERSION = 1
@@ -150,6 +150,12 @@ def verify(file: IO[bytes], name: str) -> bool:
     comment = file.read()
     try:
         with zipfile.ZipFile(file) as archive:
+            try:
+                check_sizes(archive)
+            except CheckpointFormatError:
+                if not comment.startswith(_MARK):
+                    raise
+                raise _corrupt(name, (0, size), "the directory of its records") from None
             seal = _read_seal(archive, name)
             if seal is None and comment.startswith(_MARK):
                 raise _corrupt(name, (0, size), "the directory of its records")

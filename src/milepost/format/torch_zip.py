@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 from milepost.errors import CheckpointFormatError
 
@@ -74,7 +74,16 @@ _DEEPEST = 200
 _PLAIN = {("collections", "OrderedDict"): OrderedDict}  # no dict: state_dict() hangs _metadata on it
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):
+    """Python's own, not the one in C: that gets memory for any place that a file names in its memo."""
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
+
+    def _load_bytearray(self) -> None:  # gets memory for any size that a file names
+        raise pickle.UnpicklingError("torch writes no bytearray of this protocol")
+
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[(module, name)]
@@ -89,7 +98,23 @@ class _InertUnpickler(pickle.Unpickler):
         return _Storage(str(pid[2]), getattr(pid[1], "_global", "").rpartition(".")[2])
 
 
+def check_sizes(archive: zipfile.ZipFile) -> None:
+    """Refuse records that take more room unpacked than the file does: they are compressed, or lie over each other.
+
+    Raises:
+        CheckpointFormatError: torch writes none such, and a few kilobytes of them could fill any memory.
+    """
+    assert archive.fp is not None
+    size, unpacked = archive.fp.seek(0, io.SEEK_END), sum(entry.file_size for entry in archive.infolist())
+    if unpacked > size:
+        raise CheckpointFormatError(
+            f"The records of {archive.filename or 'the archive'} take {unpacked} bytes, and the file has {size}. If"
+            " you trust it, unpack it and pack it without compression, as torch does."
+        )
+
+
 def _tree(archive: zipfile.ZipFile) -> Any:
+    check_sizes(archive)
     name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
     return _InertUnpickler(io.BytesIO(archive.read(name))).load()
 
@@ -104,6 +129,8 @@ def contents(file: IO[bytes]) -> Any:
         with zipfile.ZipFile(file) as archive:
             prefix = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
             return _described(_tree(archive), prefix, 0)
+    except CheckpointFormatError:
+        raise
     except Exception as error:  # a hostile or foreign pickle may fail anywhere
         raise CheckpointFormatError(f"It is no file of torch: {type(error).__name__}: {error}") from error
 
