@@ -223,6 +223,23 @@ def test_overfitting_takes_shuffling_away(where: str) -> None:
     both(make("train", 1), make("validation", 2), overfit_batches=2, max_epochs=3)
 
 
+def test_a_batch_that_is_none_is_passed_over() -> None:
+    def gaps(library: Any) -> Any:
+        return DataLoader([0, 1, 2, 3], collate_fn=lambda items: None if items[0] == 1 else next(iter(loader())))
+
+    both(gaps, lambda library: loader(3, seed=2))
+
+
+def test_a_step_that_asks_for_the_iterator_is_refused() -> None:
+    import milepost
+
+    class Net(module_of(milepost, Record())):  # type: ignore[misc]
+        def training_step(self, dataloader_iter: Any) -> None: ...
+
+    with pytest.raises(MisconfigurationException, match="steps take a batch here"):
+        fit(milepost, Record(), Net(), loader(), logger=False)
+
+
 def test_a_negative_reload_is_refused() -> None:
     def case(library: Any, record: Record) -> None:
         fit(library, record, module_of(library, record)(), loader(), reload_dataloaders_every_n_epochs=-1)

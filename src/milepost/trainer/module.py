@@ -474,5 +474,18 @@ def takes_argument(function: Any, name: str, minimum: int) -> bool:
     )
 
 
+def refuse_iterator(step: Any, name: str) -> None:
+    """A step that asks for the iterator itself would read data that no checkpoint knows of.
+
+    Raises:
+        MisconfigurationException: it does.
+    """
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        raise MisconfigurationException(
+            f"{name}(dataloader_iter): steps take a batch here, so that a resumed run knows what was read. Take a"
+            " `batch`, and read several at once with a larger batch size or a CombinedLoader."
+        )
+
+
 LightningModule = Module
-__all__ = ["LightningModule", "Module", "is_overridden", "load_weights", "takes_argument"]
+__all__ = ["LightningModule", "Module", "is_overridden", "load_weights", "refuse_iterator", "takes_argument"]

@@ -21,7 +21,7 @@ from milepost.trainer.datamodule import DataModule
 from milepost.trainer.evaluation import EvaluationLoop
 from milepost.trainer.loop import FitLoop
 from milepost.trainer.metrics import Metrics
-from milepost.trainer.module import Module, takes_argument
+from milepost.trainer.module import Module, refuse_iterator, takes_argument
 from milepost.trainer.profiling import profiled
 from milepost.trainer.reporting import Reports, print_results
 from milepost.trainer.run import run
@@ -309,6 +309,7 @@ class Trainer(TrainerSurface):
         step = getattr(self.lightning_module, name)
         count = self.step_arguments.get(name)
         if count is None:
+            refuse_iterator(step, name)
             count = sum(takes_argument(step, argument, n) for argument, n in (("batch_idx", 2), ("dataloader_idx", 3)))
             self.step_arguments[name] = count
         return step(batch, *position[:count])
