@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from milepost.engine.commit import REPLACED, remove_checkpoint, sweep
 from milepost.engine.directory import DirectoryEngine, DirectorySave
+from milepost.engine.lazy import changed_by_steps
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
 from milepost.engine.retention import Entry, KeepBest, Mode, Retention, Rule
@@ -49,6 +50,9 @@ class Checkpointer:
         directory: where the checkpoints lie; made when the first is saved.
         background: whether `save` returns once the state is copied to host memory, and writes while training goes on.
             The copy takes as much memory as the state.
+        lazy: in the background, copy what only the optimizers among the saved objects change after `save` has
+            returned: their next step waits for it. Ask for it only where nothing but `optimizer.step()` changes
+            parameters and the optimizers' state between a save and the next step.
         on_busy: what `save` does while the one before is still being written: ``"wait"`` for it, or ``"skip"``: return
             that one's handle and save nothing.
         keep: which checkpoints stay when a new one is committed; all, where it is None. Rules compose:
@@ -67,6 +71,7 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         background: bool = True,
+        lazy: bool = False,
         on_busy: Literal["wait", "skip"] = "wait",
         keep: Rule | None = None,
         monitor: str | None = None,
@@ -76,6 +81,8 @@ class Checkpointer:
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
+        if lazy and not background:
+            raise MisconfigurationException("lazy=True copies in the background: it needs background=True.")
         if threads < 1:
             raise MisconfigurationException(f"threads={threads!r}: give at least 1.")
         if mode not in ("min", "max"):
@@ -88,6 +95,7 @@ class Checkpointer:
         self._restored: int | None = None
         self._known: dict[int, tuple[int, Entry]] = {}  # by step: inode of the directory, and what its head says
         self._background = background
+        self._lazy = lazy
         self._on_busy = on_busy
         self._engine = DirectoryEngine(files, threads)
         self._newest: DirectorySave | None = None
@@ -123,6 +131,7 @@ class Checkpointer:
             step=step,
             metrics=metrics,
             background=self._background,
+            lazy=changed_by_steps(state.values()) if self._lazy else None,
             then=None if self._retention is None else self._retain,
         )
         self._newest = saved

@@ -13,6 +13,7 @@ import torch
 
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
+from milepost.engine.lazy import StepGate, rows_that_can_wait
 from milepost.engine.planner import Earlier, plan_groups
 from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Destination, Image
@@ -33,8 +34,18 @@ class DirectorySave:
     def __init__(self, path: str, step: int) -> None:
         self.path = path
         self.step = step
+        self.staging: list[Future[None]] = []
         self._future: Future[Committed] = Future()
         self._told = False
+
+    def staged(self, timeout: float | None = None) -> None:
+        """Wait until everything is copied: from then on all tensors may be changed by anybody.
+
+        Raises:
+            TimeoutError: that has not ended within `timeout` seconds.
+        """
+        for copy in self.staging:
+            copy.exception(timeout)
 
     def done(self) -> bool:
         """Whether it has ended, well or badly. Never blocks."""
@@ -72,6 +83,7 @@ class DirectoryEngine:
         self._workers: Workers | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._arena = Arena()
+        self._gate = StepGate()
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
         self._lock = threading.Lock()
@@ -87,6 +99,7 @@ class DirectoryEngine:
         step: int = 0,
         metrics: Mapping[str, float] | None = None,
         background: bool = True,
+        lazy: set[int] | None = None,
         pickled: Callable[[str, Any], None] | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> DirectorySave:
@@ -97,6 +110,8 @@ class DirectoryEngine:
         takes no memory but a buffer for each thread.
 
         Args:
+            lazy: in the background, addresses of tensors that only steps of optimizers change (`changed_by_steps`):
+                they are copied after this returns, and the next step waits.
             pickled: as for `Flattened`.
             then: called after the commit, before the next save is begun, such as for retention. What it raises counts
                 as an error of this save.
@@ -120,10 +135,14 @@ class DirectoryEngine:
         self._drain()  # the arena holds the snapshot that is being written
         self.raise_failed()
         workers = self._started()
-        staged: list[Image] = [*self._arena.stage(plans, workers.pool, workers.count)]
+        later = [rows_that_can_wait(plan, lazy) for plan in plans] if lazy else []
+        staged, copying = self._arena.stage(plans, workers.pool, workers.count, later)
+        for copy in copying:
+            self._gate.hold_until(copy)
+        save.staging = copying
         self._under_way.append(save)
         assert self._writer is not None
-        self._writer.submit(self._run, save, flattened, plans, staged, dict(metrics or {}), then)
+        self._writer.submit(self._run, save, flattened, plans, [*staged], dict(metrics or {}), then)
         return save
 
     def prepare(self, state: Mapping[str, Any]) -> int:
@@ -146,6 +165,8 @@ class DirectoryEngine:
         then: Callable[[Committed], None] | None,
     ) -> None:
         try:
+            for copy in save.staging:
+                copy.result()
             parent = os.path.dirname(save.path)  # noqa: PTH120
             if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
                 make_parents(self.files, parent)
@@ -186,6 +207,7 @@ class DirectoryEngine:
     def _drain(self) -> None:
         for save in self._under_way:
             save._future.exception()
+        self._gate.release()
 
     def _started(self) -> Workers:
         with self._lock:

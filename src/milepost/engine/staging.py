@@ -6,7 +6,7 @@ import ctypes
 import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
 
 from milepost.engine.requests import BlobPlan, Image
@@ -145,26 +145,33 @@ class Arena:
         if self._memory is not None:
             ctypes.memset(self._memory.address, 0, self._memory.size)
 
-    def stage(self, plans: Sequence[BlobPlan], threads: Executor | None, workers: int) -> list[StagedImage]:
-        """Copy everything. When this returns, the tensors may change."""
+    def stage(
+        self, plans: Sequence[BlobPlan], threads: Executor, workers: int, later: Sequence[set[int]] = ()
+    ) -> tuple[list[StagedImage], list[Future[None]]]:
+        """Copy everything but the rows in `later` (for each plan). When this returns, the other tensors may change.
+
+        Returns:
+            The images, and what is still being copied: the images are whole once these have ended.
+        """
         self.reserve(plans)
         memory = self._memory
         assert memory is not None
-        images, jobs, offset = [], [], 0
-        for plan in plans:
+        images: list[StagedImage] = []
+        now: list[Job] = []
+        then: list[Job] = []
+        offset = 0
+        for number, plan in enumerate(plans):
             images.append(StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset))
-            jobs += _jobs(Source(plan), memory.address + offset)
+            for start, stop, waits in _spans(plan, later[number] if later else set()):
+                jobs = _jobs(Source(plan), start, stop, memory.address + offset)
+                (then if waits else now).extend(jobs)
             offset += _room(plan)
-        if threads is None or workers < 2:
-            for source, start, stop, address in jobs:
-                source.copy(start, stop, address)
-            return images
-        shares = _shares(jobs, workers)
+        shares = _shares(now, workers)
         futures = [threads.submit(_copy_all, share) for share in shares[1:]]
         _copy_all(shares[0])
         for future in futures:
             future.result()
-        return images
+        return images, [threads.submit(_copy_all, share) for share in _shares(then, workers) if share]
 
 
 Job = tuple[Source, int, int, int]
@@ -174,10 +181,21 @@ def _room(plan: BlobPlan) -> int:
     return -(-plan.layout.size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _jobs(source: Source, address: int) -> list[Job]:
+def _spans(plan: BlobPlan, later: set[int]) -> list[tuple[int, int, bool]]:
+    """Ranges of the file whose tensors are copied now or later, neighbours of one kind together; the header now."""
+    spans = [(0, len(plan.layout.header), False)]
+    for row, entry in enumerate(plan.layout.entries):
+        start, stop, waits = spans[-1]
+        if (row in later) == waits:
+            spans[-1] = (start, entry.stop, waits)
+        else:
+            spans.append((stop, entry.stop, row in later))
+    return spans
+
+
+def _jobs(source: Source, start: int, stop: int, address: int) -> list[Job]:
     return [
-        (source, start, min(start + _SPLIT_BYTES, source.size), address + start)
-        for start in range(0, source.size, _SPLIT_BYTES)
+        (source, begin, min(begin + _SPLIT_BYTES, stop), address + begin) for begin in range(start, stop, _SPLIT_BYTES)
     ]
 
 
