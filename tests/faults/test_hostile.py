@@ -102,6 +102,10 @@ CASES: dict[str, tuple[Callable[[Files], Files], str]] = {
         "no dtype",
     ),
     "an optimizer that is none": (edited("tree.json", _set("optimizer", "param_groups", [[1]])), "state of an opt"),
+    "an optimizer without its steps": (
+        edited("tree.json", _set("optimizer", "state", "v", 0, 1, "v", 1, 0, "stgp")),
+        "AdamW does not take its stored state",
+    ),
     "a pickle": (edited("tree.json", _set("extra", {**TAG, "v": PICKLE})), "would run code"),
 }  # fmt: skip
 
