@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from milepost import LightningModule, Trainer
-from milepost.callbacks import ModelCheckpoint
+from milepost import LightningDataModule, LightningModule, Trainer
+from milepost.callbacks import Callback, Checkpoint, ModelCheckpoint
 from milepost.errors import CheckpointFormatError, MisconfigurationException
 from milepost.plugins import CheckpointIO
 from milepost.strategies import SingleDeviceStrategy
@@ -150,3 +150,65 @@ def test_what_is_no_plugin_is_refused(wrong: Any, given: Any) -> None:
 def test_a_strategy_refuses_what_is_no_plugin() -> None:
     with pytest.raises(MisconfigurationException, match="is not a CheckpointIO"):
         SingleDeviceStrategy(torch.device("cpu"), checkpoint_io=object())
+
+
+def test_a_checkpointer_of_ones_own_is_the_only_one(tmp_path: Path) -> None:
+    class EachEpoch(Checkpoint):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    own, other = EachEpoch(), Callback()
+    trainer = Trainer(**quiet, max_epochs=2, callbacks=[own, other], default_root_dir=tmp_path)
+    assert trainer.callbacks == [other, own], "it comes last, and no default one is added"
+    assert trainer.checkpoint_callbacks == [trainer.checkpoint_callback] == [own]
+    trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ckpt", "1.ckpt"]
+    with pytest.raises(MisconfigurationException, match="EachEpoch is among the callbacks"):
+        Trainer(**quiet, callbacks=own, enable_checkpointing=False)
+
+
+@pytest.mark.parametrize("plugin", [None, CustomCheckpointIO], ids=["default", "two arguments"])
+def test_hooks_of_module_data_and_callbacks_decide_what_any_plugin_stores(plugin: Any, tmp_path: Path) -> None:
+    class Keeps:
+        kept: int | None = None
+
+    class Data(Keeps, LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["data"] = 1
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.kept = checkpoint["data"]
+
+    class Model(Keeps, Line):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["model"] = 2
+            del checkpoint["optimizer_states"][0]["param_groups"][0]["dampening"]  # what is there may be changed too
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.kept = checkpoint["model"]
+            group = checkpoint["optimizer_states"][0]["param_groups"][0]
+            assert "dampening" not in group
+            group["dampening"] = 0
+
+    class Watcher(Keeps, Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["watcher"] = 3
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            self.kept = checkpoint["watcher"]
+
+    def run(epochs: int, ckpt_path: str | None = None) -> list[int | None]:
+        model, data, watcher = Model(), Data(), Watcher()
+        trainer = Trainer(
+            accelerator="cpu", logger=False, max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[watcher, ModelCheckpoint(tmp_path, save_last=True)], plugins=plugin and plugin(),
+        )  # fmt: skip
+        trainer.fit(model, data, ckpt_path=ckpt_path)
+        return [data.kept, model.kept, watcher.kept]
+
+    assert run(1) == [None, None, None]
+    assert run(2, "last") == [1, 2, 3]

@@ -135,3 +135,48 @@ def test_a_path_must_be_there(run: Trainer, tmp_path: Path) -> None:
 def test_none_means_fresh(run: Trainer) -> None:
     run.state.fn = "fit"
     assert _resolve(run, None) is None
+
+
+def test_a_path_that_was_assigned_is_what_later_runs_go_on_from(run: Trainer, tmp_path: Path) -> None:
+    batches = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(**quiet, max_epochs=4, default_root_dir=tmp_path / "on")
+    assert trainer.ckpt_path is None
+    trainer.ckpt_path = tmp_path / "c" / "epoch=1.ckpt"
+    trainer.fit(Tiny(), batches)
+    assert (trainer.restored["loops"], trainer.global_step) == ("restored", 8)
+    assert trainer.ckpt_path == str(tmp_path / "c" / "epoch=1.ckpt")
+    with pytest.warns(UserWarning, match="going on from the latter"):
+        trainer.fit(Tiny(), batches, ckpt_path=tmp_path / "c" / "epoch=0.ckpt")
+    assert trainer.ckpt_path == str(tmp_path / "c" / "epoch=0.ckpt")
+    trainer.fit(Tiny(), batches)
+    assert trainer.ckpt_path is None, "what was assigned counts no more once another was given"
+
+
+def test_the_newest_good_one_is_taken_on_trust_and_said_so_where_the_plugin_cannot_verify(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Plain:
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            Path(path).parent.mkdir(exist_ok=True)
+            torch.save(checkpoint, path)
+
+        def load_checkpoint(self, path: Any, storage_options: Any = None) -> Any:
+            return torch.load(path, weights_only=False)
+
+        def remove_checkpoint(self, path: Any) -> None:
+            Path(path).unlink()
+
+    def fit(epochs: int, ckpt_path: str | None) -> Trainer:
+        trainer = Trainer(
+            accelerator="cpu", logger=False, max_epochs=epochs, plugins=Plain(), enable_progress_bar=False,
+            enable_model_summary=False, callbacks=ModelCheckpoint(tmp_path / "c", save_last=True),
+        )  # fmt: skip
+        trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2), ckpt_path=ckpt_path)
+        return trainer
+
+    fit(1, None)
+    assert "cannot verify" not in caplog.text
+    assert fit(2, "last").global_step == 4
+    assert "Plain cannot verify checkpoints" in caplog.text
+    assert "last.ckpt is taken to be good" in caplog.text

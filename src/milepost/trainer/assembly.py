@@ -97,6 +97,12 @@ def validation_interval(value: Any, every_n_epoch: int | None) -> tuple[int | fl
     return value, None
 
 
+def clip_value(value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise MisconfigurationException(f"gradient_clip_val={value!r}: give a number, or None for no clipping.")
+    return value
+
+
 def clip_algorithm(value: str | None) -> str | None:
     if value not in (None, "norm", "value"):
         raise MisconfigurationException(f"gradient_clip_algorithm={value!r}: use 'norm' or 'value'.")
@@ -182,7 +188,13 @@ def loggers(given: Any, directory: str, *, enabled: bool, writing: bool) -> list
         from milepost.loggers.csv_logs import CSVLogger
 
         return [CSVLogger(directory)]
-    return list(given) if isinstance(given, Iterable) else [given]
+    found = list(given) if isinstance(given, Iterable) else [given]
+    for logger in found:
+        if not hasattr(logger, "log_metrics"):
+            raise MisconfigurationException(
+                f"logger={given!r}: {logger!r} is not a Logger. Give one of milepost.loggers, a list of them, or False."
+            )
+    return found
 
 
 def callbacks(

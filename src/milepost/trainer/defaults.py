@@ -33,6 +33,10 @@ def resolve_limits(
     fast_dev_run: int,
 ) -> Limits:
     """Apply the defaults: 1,000 epochs where nothing else ends the run."""
+    counts = {"max_epochs": max_epochs, "min_epochs": min_epochs, "max_steps": max_steps, "min_steps": min_steps}
+    for name, value in counts.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise MisconfigurationException(f"{name}={value!r}: give a number, or leave it out.")
     if max_epochs is not None and max_epochs < -1:
         raise MisconfigurationException(f"max_epochs={max_epochs} must be a non-negative integer or -1 (no limit).")
     if max_steps < -1:
@@ -76,6 +80,15 @@ def batch_limit(value: int | float | None, name: str, fast_dev_run: int) -> int 
     raise MisconfigurationException(
         f"{name}={value!r}: give a number of batches (int ≥ 0) or a fraction of them (float from 0.0 to 1.0)."
     )
+
+
+def sanity_steps(value: int | None) -> int:
+    """Validation batches before training: 2 unless another number is given, -1 for all."""
+    if value is None:
+        return 2
+    if isinstance(value, (int, float)) and value >= -1:
+        return value
+    raise MisconfigurationException(f"num_sanity_val_steps={value!r}: give a number of batches, or -1 for all of them.")
 
 
 def dev_batches(fast_dev_run: int | bool) -> int:

@@ -18,7 +18,6 @@ from milepost.trainer.module import Module
 from milepost.trainer.optimization import parse_optimizers, require_attached, require_monitors
 from milepost.trainer.parts import EVERY, report, resolve_parts
 from milepost.trainer.profiling import begin_profile, end_profile
-from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.state import restore_model, restore_training
 from milepost.trainer.surface import TrainerState
 
@@ -48,8 +47,7 @@ def run(
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False
     trainer.strategy.connect(model)
-    path = None if ckpt_path is None else str(ckpt_path)
-    trainer.ckpt_path = resolve_ckpt_path(trainer, path, model_provided=provided)
+    trainer.choose_ckpt_path(ckpt_path, model_provided=provided)
     begin_profile(trainer)
     try:
         # all but fit leave the caller's random numbers alone, whatever the hooks of a set-up draw

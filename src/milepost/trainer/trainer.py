@@ -24,6 +24,7 @@ from milepost.trainer.metrics import Metrics
 from milepost.trainer.module import Module, refuse_iterator, takes_argument
 from milepost.trainer.profiling import profiled
 from milepost.trainer.reporting import Reports, print_results
+from milepost.trainer.resume import resolve_ckpt_path
 from milepost.trainer.run import run
 from milepost.trainer.signals import SignalFlags
 from milepost.trainer.sources import has_loaders
@@ -115,17 +116,17 @@ class Trainer(TrainerSurface):
         self.limit_val_batches = defaults.batch_limit(limit_val_batches, "limit_val_batches", dev)
         self.limit_test_batches = defaults.batch_limit(limit_test_batches, "limit_test_batches", dev)
         self.limit_predict_batches = defaults.batch_limit(limit_predict_batches, "limit_predict_batches", dev)
-        self.overfit_batches = defaults.batch_limit(overfit_batches, "overfit_batches", 0)
+        self.overfit_batches = defaults.batch_limit(overfit_batches or 0.0, "overfit_batches", 0)
         if self.overfit_batches:
             self.limit_train_batches = self.limit_val_batches = self.overfit_batches
         self.check_val_every_n_epoch = check_val_every_n_epoch
         self.val_check_interval, self.val_check_seconds = assembly.validation_interval(
             val_check_interval, check_val_every_n_epoch
         )
-        self.num_sanity_val_steps = 0 if plain else 2 if num_sanity_val_steps is None else num_sanity_val_steps
+        self.num_sanity_val_steps = 0 if plain else defaults.sanity_steps(num_sanity_val_steps)
         self.log_every_n_steps = 0 if barebones else 50 if log_every_n_steps is None else log_every_n_steps
         self.accumulate_grad_batches = defaults.positive(accumulate_grad_batches, "accumulate_grad_batches")
-        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_val = assembly.clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = assembly.clip_algorithm(gradient_clip_algorithm)
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
@@ -152,7 +153,8 @@ class Trainer(TrainerSurface):
         self.state = TrainerState()
         self.should_stop = False
         self.signals = SignalFlags(preemption)
-        self.ckpt_path: str | None = None
+        self._ckpt_path: str | None = None
+        self._ckpt_path_set: str | None = None  # by the user, for the runs to come
         self.restored: dict[str, str] = {}  # what became of each part of the checkpoint
         self.datamodule: DataModule | None = None
         self.loaders: dict[str, Any] = {}
@@ -251,6 +253,27 @@ class Trainer(TrainerSurface):
             pending = self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
             self.strategy.barrier("save_checkpoint")
         return pending
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """The checkpoint that the run went on from. Assign a path or name, and the runs to come start from there."""
+        return self._ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: str | os.PathLike[str] | None) -> None:
+        self._ckpt_path = self._ckpt_path_set = None if path is None else os.fspath(path)
+
+    def choose_ckpt_path(self, given: str | os.PathLike[str] | None, *, model_provided: bool) -> None:
+        """Called when a run begins: what the call was `given` goes before what was assigned to `ckpt_path`."""
+        if given is not None and self._ckpt_path_set is not None:
+            warnings.warn(
+                f"trainer.ckpt_path was set to {self._ckpt_path_set!r}, but {self.state.fn} was given"
+                f" ckpt_path={os.fspath(given)!r}: going on from the latter.",
+                stacklevel=2,
+            )
+            self._ckpt_path_set = None
+        asked = self._ckpt_path_set if given is None else given
+        self._ckpt_path = resolve_ckpt_path(self, asked, model_provided=model_provided)
 
     @property
     def enable_validation(self) -> bool:
