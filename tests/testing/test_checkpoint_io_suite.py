@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
+from milepost.plugins import AsyncCheckpointIO, SafetensorsCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
 from milepost.testing import CheckpointIOTests
 
 
@@ -45,6 +45,11 @@ class TestPickling(CheckpointIOTests):
 class TestSnapshot(CheckpointIOTests):
     def make_io(self) -> Any:
         return SnapshotCheckpointIO()
+
+
+class TestSafetensors(CheckpointIOTests):
+    def make_io(self) -> Any:
+        return SafetensorsCheckpointIO()
 
 
 class TestSnapshotAtOnce(CheckpointIOTests):

@@ -47,25 +47,12 @@ def _read(source: Path, unpickle: bool) -> dict[str, Any]:
         finally:
             engine.close()
     if form == "safetensors":
-        from milepost.cli.reading import open_checkpoint
+        from milepost.plugins.io.safetensors_io import SafetensorsCheckpointIO
 
-        return {"state_dict": {name: _tensor(found) for name, found in open_checkpoint(source).tensors.items()}}
+        return SafetensorsCheckpointIO().load_checkpoint(source, weights_only=False if unpickle else None)
     from milepost.plugins.io.torch_io import TorchCheckpointIO
 
     return TorchCheckpointIO().load_checkpoint(source, weights_only=False if unpickle else None)
-
-
-def _tensor(found: Any) -> Any:
-    import torch
-
-    from milepost.engine.state import DTYPES
-
-    names = {name: dtype for dtype, name in DTYPES.items()}
-    if found.dtype not in names:
-        raise CheckpointFormatError(f"a tensor of type {found.dtype!r} cannot be read.")
-    data = bytearray(found.read())
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(names[found.dtype]).reshape(found.shape).clone()
 
 
 def _weights(state: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -81,20 +68,8 @@ def _weights(state: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _write_safetensors(tensors: dict[str, Any], target: Path) -> None:
-    """One plain safetensors file, written as everything is: whole or not at all."""
-    from milepost.engine.planner import plan_blob
-    from milepost.engine.staging import Source
-    from milepost.engine.state import Flattened
-    from milepost.format.layout import PIECE_BYTES, pieces
+    from milepost.engine import safetensors_file
     from milepost.storage import local
 
-    leaves = Flattened({"model": tensors}).leaves
-    plan = plan_blob(target.name, "model", leaves)
-    source = Source(plan)
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(PIECE_BYTES)
     with local.replacing(target) as file:
-        for start, stop in pieces(plan.layout.size):
-            source.copy(start, stop, ctypes.addressof(buffer))
-            file.write(memoryview(buffer)[: stop - start])
+        safetensors_file.write(tensors, {"format": "pt"}, file.fileno())

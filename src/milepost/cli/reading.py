@@ -184,7 +184,9 @@ def _safetensors(path: Path) -> Opened:
         if length > min(size - 8, _HEADER_MAX_BYTES):
             raise CheckpointFormatError(f"{path} is no safetensors file: its header would have {length} bytes.")
         try:
-            header = dict(json.loads(file.read(length)))
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no dict")
             metadata = {f"__metadata__.{k}": str(v) for k, v in dict(header.pop("__metadata__", {})).items()}
             tensors = {name: _described(path, item, 8 + length, size) for name, item in header.items()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -145,6 +145,10 @@ class DirectoryEngine:
         self._writer.submit(self._run, save, flattened, plans, [*staged], dict(metrics or {}), then)
         return save
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Find what a save could only pickle; nothing is written. Raises UnencodableValueError with the key path."""
+        Flattened(state)
+
     def prepare(self, state: Mapping[str, Any]) -> int:
         """Have the host memory that a save of `state` in the background needs. Returns its size in bytes.
 

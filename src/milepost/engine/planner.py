@@ -8,7 +8,7 @@ delta always holds all that differs from the base, so that a group never consist
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.engine.requests import BlobPlan, Leaf
@@ -66,8 +66,9 @@ def leaf_bytes(leaf: Leaf) -> int:
     return leaf.tensor.numel() * leaf.tensor.element_size()
 
 
-def plan_blob(name: str, group: str, leaves: Sequence[Leaf]) -> BlobPlan:
-    layout = lay_out([(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves])
+def plan_blob(name: str, group: str, leaves: Sequence[Leaf], metadata: Mapping[str, str] | None = None) -> BlobPlan:
+    """The plan of one blob. `metadata` goes into its header."""
+    layout = lay_out([(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves], metadata)
     by_name = {leaf.name: leaf for leaf in leaves}
     return BlobPlan(name, group, layout, tuple(by_name[entry.name] for entry in layout.entries))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -55,7 +55,9 @@ class BlobLayout:
     size: int
 
 
-def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> BlobLayout:
+def lay_out(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> BlobLayout:
     """Lay out tensors given as (name, dtype, shape), in this order but for alignment: wide elements come first.
 
     safetensors allows no gap between tensors, so each is aligned to its elements only if wider elements stand before
@@ -68,6 +70,8 @@ def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> BlobLayout:
         f'{_quoted(name)}:{{"dtype":"{dtype}","shape":{list(shape)},"data_offsets":[{stop - size},{stop}]}}'
         for (name, dtype, shape), size, stop in zip(order, sizes, stops, strict=True)
     ]
+    if metadata:
+        fields.insert(0, f'"__metadata__":{json.dumps(dict(metadata))}')
     text = ("{" + ",".join(fields) + "}").encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGN_BYTES)
     header = len(text).to_bytes(8, "little") + text

@@ -8,6 +8,7 @@ _NAMES = {
     "XLACheckpointIO": "milepost.plugins.io.xla_io",
     "Preemption": "milepost.plugins.preemption",
     "AsyncCheckpointIO": "milepost.plugins.io.async_io",
+    "SafetensorsCheckpointIO": "milepost.plugins.io.safetensors_io",
     "SnapshotCheckpointIO": "milepost.plugins.io.snapshot_io",
 }
 __all__ = sorted(_NAMES)

@@ -7,6 +7,7 @@ _NAMES = {
     "TorchCheckpointIO": "milepost.plugins.io.torch_io",
     "XLACheckpointIO": "milepost.plugins.io.xla_io",
     "AsyncCheckpointIO": "milepost.plugins.io.async_io",
+    "SafetensorsCheckpointIO": "milepost.plugins.io.safetensors_io",
     "SnapshotCheckpointIO": "milepost.plugins.io.snapshot_io",
 }
 __all__ = sorted(_NAMES)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from milepost.engine.directory import DirectoryEngine, DirectorySave
-from milepost.engine.state import Flattened
 from milepost.format.manifest import HEAD_NAME
 from milepost.plugins.io.checkpoint_io import CheckpointIO
 from milepost.storage import local
@@ -53,7 +52,7 @@ class SnapshotCheckpointIO(CheckpointIO):
                 " files. Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
             )
         step = checkpoint.get("global_step", 0) if isinstance(checkpoint, dict) else 0
-        warn = _silent if self._allow_pickle else _warn_of_pickle
+        warn = silent if self._allow_pickle else warn_of_pickle
         return self._engine.save(path, checkpoint, step=step, background=self._background, pickled=warn)
 
     def check(self, checkpoint: dict[str, Any]) -> None:
@@ -63,7 +62,7 @@ class SnapshotCheckpointIO(CheckpointIO):
             UnencodableValueError: names the value's key path.
         """
         if not self._allow_pickle:
-            Flattened(checkpoint)
+            self._engine.check(checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load and verify; tensors go to the CPU unless `map_location` says otherwise.
@@ -75,7 +74,7 @@ class SnapshotCheckpointIO(CheckpointIO):
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError, CheckpointFormatError
         """
         loaded = self._engine.load(path, unpickle=weights_only is False)
-        return loaded if map_location is None else _moved(loaded, map_location)
+        return loaded if map_location is None else moved(loaded, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove it, after every save asked for before; where there is none, do nothing."""
@@ -120,11 +119,12 @@ class SnapshotCheckpointIO(CheckpointIO):
         self._engine.close()
 
 
-def _silent(key_path: str, value: Any) -> None:
-    return None
+def silent(key_path: str, value: Any) -> None:
+    """Pickle without a word."""
 
 
-def _warn_of_pickle(key_path: str, value: Any) -> None:
+def warn_of_pickle(key_path: str, value: Any) -> None:
+    """Say what is pickled, and what that means."""
     kind = type(value)
     warnings.warn(
         f"The value at {key_path!r} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored as data. The"
@@ -134,7 +134,7 @@ def _warn_of_pickle(key_path: str, value: Any) -> None:
     )
 
 
-def _moved(value: Any, map_location: Any) -> Any:
+def moved(value: Any, map_location: Any) -> Any:
     """A copy of the containers, with every tensor where `map_location` says: a device, or a dict or function of them.
 
     A function, as `torch.load` takes it, is asked with the storage on the host.
@@ -145,9 +145,9 @@ def _moved(value: Any, map_location: Any) -> Any:
             return value if storage is None or storage.device.type == "cpu" else value.to(storage.device)
         return value.to(map_location.get("cpu", "cpu") if isinstance(map_location, dict) else map_location)
     if isinstance(value, dict):
-        return type(value)((k, _moved(v, map_location)) for k, v in value.items()) if type(value) in _PLAIN else value
+        return type(value)((k, moved(v, map_location)) for k, v in value.items()) if type(value) in _PLAIN else value
     if type(value) in (list, tuple):
-        return type(value)(_moved(v, map_location) for v in value)
+        return type(value)(moved(v, map_location) for v in value)
     return value
 
 
