@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from milepost import LightningDataModule, LightningModule, Trainer
 from milepost.callbacks import Callback, Checkpoint, ModelCheckpoint
 from milepost.errors import CheckpointFormatError, MisconfigurationException
-from milepost.plugins import CheckpointIO
+from milepost.plugins import AsyncCheckpointIO, CheckpointIO
+from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.strategies import SingleDeviceStrategy
 
 
@@ -60,7 +61,7 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(place: Path, epochs: int, ckpt_path: Path | None = None, **choice: Any) -> Trainer:
+def fit(place: Path, epochs: int, ckpt_path: Path | str | None = None, **choice: Any) -> Trainer:
     trainer = Trainer(
         **{"accelerator": "cpu", **choice}, max_epochs=epochs, logger=False, callbacks=[ModelCheckpoint(place)],
         enable_progress_bar=False, enable_model_summary=False,
@@ -96,6 +97,23 @@ def test_a_two_argument_plugin_saves_resumes_and_removes(given: Any, tmp_path: P
     resumed = fit(tmp_path, 3, tmp_path / "epoch=1-step=4.ckpt", **given(again))
     assert again.calls[0] == ("load", "epoch=1-step=4.ckpt")
     assert resumed.global_step == 6
+
+
+@pytest.mark.parametrize("ckpt_path", ["last", "auto"])
+@pytest.mark.parametrize(
+    "wrap", [AsyncCheckpointIO, lambda io: AsyncCheckpointIO(AsyncCheckpointIO(io)), lambda io: io]
+)
+def test_what_a_plugin_that_lists_nothing_saved_is_found_again(wrap: Any, ckpt_path: str, tmp_path: Path) -> None:
+    fit(tmp_path, 1, plugins=wrap(CustomCheckpointIO()))
+    again = CustomCheckpointIO()
+    fit(tmp_path, 2, ckpt_path, plugins=wrap(again))
+    assert again.calls[0] == ("load", "epoch=0-step=2.ckpt"), "it began anew without a word"
+
+
+def test_a_wrapper_cannot_tell_what_the_plugin_in_it_cannot() -> None:
+    io = AsyncCheckpointIO(CustomCheckpointIO())
+    assert io_calls.exists(io, "kept/elsewhere.ckpt") is None
+    assert io_calls.list_checkpoints(io, "kept") is None
 
 
 def test_a_plugin_written_for_lightning_works(tmp_path: Path) -> None:

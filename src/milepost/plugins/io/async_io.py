@@ -165,13 +165,14 @@ class AsyncCheckpointIO(CheckpointIO):
         self._report(save for save in self._begun if save._key == _key(path))
         return io_calls.load(self.checkpoint_io, path, map_location=map_location, weights_only=weights_only)
 
-    def exists(self, path: Any) -> bool:
+    def exists(self, path: Any) -> bool | None:
         self._settle(path)
-        return bool(io_calls.exists(self.checkpoint_io, path))
+        return io_calls.exists(self.checkpoint_io, path)
 
     def list(self, directory: Any) -> Any:
+        """Paths, or None where the inner plugin does not list: an empty list would hide what is there."""
         _wait_for(self._under_way())
-        return io_calls.list_checkpoints(self.checkpoint_io, directory) or []
+        return io_calls.list_checkpoints(self.checkpoint_io, directory)
 
     def verify(self, path: Any) -> str | None:
         self._settle(path)

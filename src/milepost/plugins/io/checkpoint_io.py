@@ -131,15 +131,17 @@ def remove(io: Any, path: Any) -> None:
 def exists(io: Any, path: Any) -> bool | None:
     """Whether there is a checkpoint at `path`; None where the plugin cannot tell and no file of that name is there."""
     offered = _offered(io, "exists")
-    if offered is not None:
-        return bool(offered(path))
+    answer = None if offered is None else offered(path)
+    if answer is not None:
+        return bool(answer)
     return True if Path(str(path)).exists() else None
 
 
 def list_checkpoints(io: Any, directory: Any) -> list[str] | None:
-    """Paths of the checkpoints in `directory`; None where the plugin does not offer it."""
+    """Paths of the checkpoints in `directory`; None where the plugin does not offer it, or wraps one that does not."""
     offered = _offered(io, "list")
-    return None if offered is None else [str(path) for path in offered(directory)]
+    listed = None if offered is None else offered(directory)
+    return None if listed is None else [str(path) for path in listed]
 
 
 def verify(io: Any, path: Any) -> str | None:
