@@ -218,7 +218,7 @@ def test_17_a_signal_in_the_middle_of_a_step_is_acted_on_after_it(tmp_path: Path
     with pytest.raises(SystemExit):
         fit(tmp_path, Note(), callbacks.ModelCheckpoint(tmp_path / "c", every_n_epochs=0), model=model)
     assert after == [1, 2, 3, 4], "the step was finished, none was begun"
-    (requeue,) = tmp_path.glob("hpc_ckpt_*.ckpt")
+    (requeue,) = tmp_path.rglob("hpc_ckpt_*.ckpt")
     resumed = Model()
     never = callbacks.ModelCheckpoint(tmp_path / "c", every_n_epochs=0)
     fit(tmp_path, never, model=resumed, ckpt_path=str(requeue))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from milepost import Trainer
 from milepost.callbacks import Callback, ModelCheckpoint
 from milepost.errors import MisconfigurationException, SIGTERMException
+from milepost.loggers import CSVLogger
 from milepost.plugins import Preemption
 from milepost.plugins.environments import SLURMEnvironment
 
@@ -80,10 +81,41 @@ def test_stops_at_the_next_boundary_and_goes_on_bit_for_bit(
     with pytest.raises(SIGTERMException):
         fit(tmp_path, Send(number, hook, nth), keep_none(tmp_path), plugins=plugins)
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)] == before
-    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["hpc_ckpt_local_1.ckpt"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("hpc*")] == ["own/hpc_ckpt_local_1.ckpt"]
     found = everything(*fit(tmp_path, keep_none(tmp_path), ckpt_path="auto"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_runs_in_one_directory_do_not_go_on_from_each_others_stops(tmp_path: Path) -> None:
+    def stopped(run: str) -> None:
+        with pytest.raises(SIGTERMException):
+            fit(tmp_path, Send(signal.SIGTERM, "train", 3), keep_none(tmp_path / run))
+
+    stopped("one")
+    stopped("other")
+    for run, left in (("one", ["hpc_ckpt_local_1.ckpt"]), ("other", ["hpc_ckpt_local_1.ckpt"]), ("third", [])):
+        trainer, _ = fit(tmp_path, keep_none(tmp_path / run), ckpt_path="auto")
+        assert ([str(trainer.ckpt_path)] if trainer.ckpt_path else []) == [
+            str(tmp_path / run / "own" / name) for name in left
+        ]
+
+
+def test_a_new_version_of_the_logger_goes_on_from_what_a_stop_left(tmp_path: Path) -> None:
+    def run(*callbacks: Any, ckpt_path: str | None = None) -> Trainer:
+        trainer = Trainer(
+            max_epochs=2, logger=CSVLogger(tmp_path), enable_progress_bar=False, enable_model_summary=False,
+            callbacks=list(callbacks), default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Net(), loader("shuffle", 0, False), DataLoader(Points(False), batch_size=8), ckpt_path=ckpt_path)
+        return trainer
+
+    with pytest.raises(SIGTERMException):
+        run(Send(signal.SIGTERM, "train", 3))
+    (left,) = tmp_path.rglob("hpc_ckpt_local_1.ckpt")
+    assert left.parent == tmp_path / "lightning_logs" / "version_0" / "checkpoints"
+    with pytest.warns(UserWarning, match="newest of the earlier versions"):
+        assert run(ckpt_path="hpc").ckpt_path == str(left)
 
 
 def test_a_trainer_that_saves_nothing_saves_nothing_for_a_signal(tmp_path: Path) -> None:

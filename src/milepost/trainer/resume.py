@@ -15,7 +15,8 @@ from milepost.callbacks.model_checkpoint import ModelCheckpoint
 from milepost.callbacks.on_exception import OnExceptionCheckpoint
 from milepost.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException
 from milepost.plugins.io import checkpoint_io as capabilities
-from milepost.trainer.signals import requeue_files
+from milepost.trainer.places import checkpoint_directories, requeue_directory
+from milepost.trainer.signals import is_requeue_file, requeue_files
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
@@ -49,19 +50,19 @@ def resolve_ckpt_path(
     if name == "last":
         found = newest_good(trainer, _candidates(trainer)) or _of_an_earlier_version(trainer, name)
         if found is None:
-            places = ", ".join(_directories(trainer)) or "no directory: the trainer has no checkpointer"
+            places = ", ".join(checkpoint_directories(trainer)) or "no directory: the trainer has no checkpointer"
             warnings.warn(f"ckpt_path='last': no good checkpoint in {places}. Starting without one", stacklevel=2)
         return found
     if name == "hpc":
-        found = newest_good(trainer, requeue_files(trainer.default_root_dir))
+        found = newest_good(trainer, requeue_files(trainer)) or _of_an_earlier_version(trainer, name)
         if found is None:
             raise CheckpointNotFoundError(
-                f"ckpt_path='hpc': no hpc checkpoint of this job in {trainer.default_root_dir}. "
+                f"ckpt_path='hpc': no hpc checkpoint of this job in {requeue_directory(trainer)}. "
                 "Pass ckpt_path='auto' to start fresh where there is none"
             )
         return found
     if name == "auto":
-        here = newest_good(trainer, [*_candidates(trainer), *requeue_files(trainer.default_root_dir)])
+        here = newest_good(trainer, [*_candidates(trainer), *requeue_files(trainer)])
         return here or _of_an_earlier_version(trainer, name)
     return _path(trainer, name)
 
@@ -83,7 +84,7 @@ def newest_good(trainer: Any, candidates: Iterable[str]) -> str | None:
 
 def _unasked(trainer: Any, *, fitting: bool, model_provided: bool) -> str | None:
     if fitting and "SLURM_JOB_ID" in os.environ:
-        requeued = newest_good(trainer, requeue_files(trainer.default_root_dir))
+        requeued = newest_good(trainer, requeue_files(trainer))
         if requeued is not None:
             return requeued
     if fitting:
@@ -138,20 +139,8 @@ def _path(trainer: Any, name: str) -> str:
     return path
 
 
-def _directories(trainer: Any) -> list[str]:
-    """Where the checkpointers of `trainer` save files from which training can go on, without repetition."""
-    places: list[str] = []
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            if not callback.save_weights_only:
-                places.append(callback.dirpath or default_dirpath(trainer))
-        elif getattr(callback, "dirpath", None):
-            places.append(os.fspath(callback.dirpath))
-    return list(dict.fromkeys(places))
-
-
 def _candidates(trainer: Any) -> list[str]:
-    return _checkpoints_in(trainer, _directories(trainer))
+    return _checkpoints_in(trainer, checkpoint_directories(trainer))
 
 
 def _checkpoints_in(trainer: Any, directories: Iterable[str]) -> list[str]:
@@ -181,7 +170,8 @@ def _of_an_earlier_version(trainer: Any, name: str) -> str | None:
     if not writes_there or not re.fullmatch(r"version_\d+", default.parent.name):
         return None
     versions = [p for p in default.parent.parent.glob("version_*") if re.fullmatch(r"version_\d+", p.name)]
-    found = newest_good(trainer, _checkpoints_in(trainer, (str(version / default.name) for version in versions)))
+    saved = _checkpoints_in(trainer, (str(version / default.name) for version in versions))
+    found = newest_good(trainer, [path for path in saved if name != "hpc" or is_requeue_file(path)])
     if found is not None:
         warnings.warn(
             f"ckpt_path={name!r}: nothing to go on from in {default}. Going on from {found}, the newest of the earlier "

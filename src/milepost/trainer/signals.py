@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from milepost.plugins.preemption import Preemption
+from milepost.trainer.places import requeue_directory
 
 if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
@@ -71,8 +72,9 @@ def save_for_requeue(trainer: Trainer) -> str | None:
     requeue = job is not None and trainer.signals.requeue_asked and trainer.signals.preemption.requeue
     if not trainer.checkpoint_callbacks and not requeue:
         return None
-    earlier = requeue_files(trainer.default_root_dir)
-    path = _next_path(trainer.default_root_dir, earlier)
+    place = requeue_directory(trainer)
+    earlier = _own(place)
+    path = _next_path(place, earlier)
     trainer.save_checkpoint(path).result()
     for old in earlier:
         if old != trainer.ckpt_path:
@@ -82,11 +84,31 @@ def save_for_requeue(trainer: Trainer) -> str | None:
     return path
 
 
-def requeue_files(directory: str | os.PathLike[str]) -> list[str]:
-    """The files written for requeueing in `directory`, oldest number first; under SLURM only those of this job."""
-    place, job = Path(directory), os.environ.get("SLURM_JOB_ID")
-    key = f"{re.escape(job)}_" if job else "(?:local_)?"
-    pattern = re.compile(rf"hpc_ckpt_{key}(\d+)\.ckpt")
+def requeue_files(trainer: Trainer) -> list[str]:
+    """The files that this run may have written for requeueing: under SLURM those of this job.
+
+    Elsewhere those beside its checkpoints, and those in `default_root_dir` that bear no job's name.
+    """
+    unnamed = [] if "SLURM_JOB_ID" in os.environ else _numbered(trainer.default_root_dir, "")
+    return [*unnamed, *_own(requeue_directory(trainer))]
+
+
+def is_requeue_file(path: str) -> bool:
+    """Whether its name is that of a file which this job writes for requeueing."""
+    return re.fullmatch(rf"hpc_ckpt_{re.escape(_job())}_\d+\.ckpt", Path(path).name) is not None
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "local")
+
+
+def _own(directory: str) -> list[str]:
+    return _numbered(directory, f"{_job()}_")
+
+
+def _numbered(directory: str | os.PathLike[str], key: str) -> list[str]:
+    """Files for requeueing in `directory` whose names have `key`, the oldest number first."""
+    place, pattern = Path(directory), re.compile(rf"hpc_ckpt_{re.escape(key)}(\d+)\.ckpt")
     if not place.is_dir():
         return []
     numbered = ((match, entry) for entry in place.iterdir() if (match := pattern.fullmatch(entry.name)))
@@ -96,7 +118,7 @@ def requeue_files(directory: str | os.PathLike[str]) -> list[str]:
 def _next_path(directory: str, earlier: list[str]) -> str:
     number = int(Path(earlier[-1]).stem.rpartition("_")[2]) + 1 if earlier else 1
     Path(directory).mkdir(parents=True, exist_ok=True)
-    return str(Path(directory) / f"hpc_ckpt_{os.environ.get('SLURM_JOB_ID', 'local')}_{number}.ckpt")
+    return str(Path(directory) / f"hpc_ckpt_{_job()}_{number}.ckpt")
 
 
 def _requeue(job: str) -> None:
