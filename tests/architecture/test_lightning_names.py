@@ -23,7 +23,7 @@ SECTION = PAGE.split("## Names that are not there, or differ")[1].split("\n## ")
 LISTED = [
     name for cell in re.findall(r"^\| (`.+?`) \|", SECTION, re.MULTILINE) for name in re.findall(r"`(.+?)`", cell)
 ]
-PARTS = ("callbacks", "loggers", "profilers")
+PARTS = ("callbacks", "loggers", "profilers", "utilities")
 CLASSES = ("LightningModule", "LightningDataModule", "Trainer", "Callback")
 
 
@@ -54,6 +54,8 @@ def spelled(default: Any) -> str:
 
 def differing(theirs: Any, ours: Any) -> set[str]:
     """Arguments of `theirs` that `ours` lacks, has elsewhere or another default. More by keyword is no difference."""
+    if inspect.isclass(theirs) and issubclass(theirs, dict):
+        return set()  # dict has no signature
     there = {k: v for k, v in inspect.signature(theirs).parameters.items() if v.kind is not v.VAR_KEYWORD}
     here = inspect.signature(ours).parameters
     if any(p.kind is p.VAR_KEYWORD for p in here.values()) and len(here) == 1:
@@ -76,6 +78,25 @@ def differences() -> set[str]:
 @pytest.mark.filterwarnings("ignore:GPU available", "ignore:.*does not have many workers")
 def test_what_is_missing_or_differs_is_listed_and_nothing_else() -> None:
     assert sorted(LISTED) == sorted(missing() | differences())
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "utilities.rank_zero": "rank_zero_debug rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn",
+        "utilities.types": "EVAL_DATALOADERS STEP_OUTPUT TRAIN_DATALOADERS LRSchedulerConfigType LRSchedulerPLType "
+        "LRSchedulerTypeUnion OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig",
+        "utilities.seed": "isolate_rng",
+        "utilities.grads": "grad_norm",
+        "utilities.combined_loader": "CombinedLoader",
+        "utilities.exceptions": "MisconfigurationException SIGTERMException",
+        "loggers.logger": "Logger DummyLogger rank_zero_experiment",
+        "trainer": "Trainer seed_everything",
+    }.items(),
+)
+def test_names_in_modules_that_programs_import(module: str, names: str) -> None:
+    for name in names.split():
+        assert hasattr(part(pl, module), name) and hasattr(part(milepost, module), name), name
 
 
 def test_top_level_names() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from milepost import _distributed
+
 if TYPE_CHECKING:
     from milepost.callbacks.checkpoint import Checkpoint
+
+T = TypeVar("T")
 
 
 class Logger:
@@ -96,6 +101,16 @@ class DummyLogger(Logger):
 
     def __getattr__(self, name: str) -> Any:
         return _Nothing()
+
+
+def rank_zero_experiment(fn: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Under ``@property``, for a logger's ``experiment``: rank 0 makes it, and the others get one that does nothing."""
+
+    @functools.wraps(fn)
+    def experiment(logger: Any) -> T:
+        return fn(logger) if _distributed.rank() == 0 else cast("T", _Nothing())
+
+    return experiment
 
 
 class _Nothing:
