@@ -116,6 +116,31 @@ def test_a_wrapper_cannot_tell_what_the_plugin_in_it_cannot() -> None:
     assert io_calls.list_checkpoints(io, "kept") is None
 
 
+def test_what_a_plugin_does_not_take_is_not_passed_to_it(tmp_path: Path) -> None:
+    given: list[Any] = []
+
+    class Newer(CustomCheckpointIO):
+        def load_checkpoint(self, path: Any, *, weights_only: Any = "default") -> Any:  # type: ignore[override]
+            given.append(weights_only)
+            return super().load_checkpoint(path)
+
+    class Any_(CustomCheckpointIO):
+        def load_checkpoint(self, path: Any, **options: Any) -> Any:  # type: ignore[override]
+            given.append(options)
+            return super().load_checkpoint(path)
+
+    fit(tmp_path, 1, plugins=CustomCheckpointIO())
+    path = tmp_path / "epoch=0-step=2.ckpt"
+    for plugin in (CustomCheckpointIO, Newer, Any_):
+        for asked in (None, False):
+            trainer = Trainer(
+                accelerator="cpu", max_epochs=1, logger=False, callbacks=[ModelCheckpoint(tmp_path)], plugins=plugin(),
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            trainer.fit(Line(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4), None, None, path, asked)
+    assert given == ["default", False, {}, {"weights_only": False}]
+
+
 def test_a_plugin_written_for_lightning_works(tmp_path: Path) -> None:
     theirs = pytest.importorskip("pytorch_lightning.plugins.io")
 
