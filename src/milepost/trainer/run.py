@@ -42,7 +42,7 @@ def run(
     model = assembly.checked_module(model, trainer.lightning_module, fn)
     trainer.loaders, trainer.datamodule = assembly.checked_data(loaders, datamodule)
     if fn == "fit":
-        trainer.fit_loop.forget_data()
+        trainer.fit_loop.data.forget()
     trainer.evaluation_loops[{"fit": "validation", "validate": "validation"}.get(fn, fn)].forget_data()
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False

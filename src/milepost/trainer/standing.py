@@ -60,7 +60,7 @@ class Standing:
             "metric_objects": metric_states(trainer.lightning_module, skip=trainer.metrics.evaluated_objects()),
             "loaders": {
                 name: {**part.loading.state_dict(), "resting": part.stream.resting_state()}
-                for name, part in (("train", loop), ("val", validation))
+                for name, part in (("train", loop.data), ("val", validation))
                 if part.stream is not None and part.loading is not None
             },
         }

@@ -226,7 +226,7 @@ def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             " For that, go on from a checkpoint written at the end of a batch."
         )
     loadings = exact.get("loaders", {})
-    for part, name in ((loop, "train"), (trainer.evaluation_loops["validation"], "val")):
+    for part, name in ((loop.data, "train"), (trainer.evaluation_loops["validation"], "val")):
         part.loading_to_repeat = Loading.from_state_dict(loadings[name]) if name in loadings else None
     loop.stream_state = exact.get("data")
     loop.parts_in_eval = exact.get("in_eval")

@@ -94,7 +94,7 @@ class TrainerSurface:
     @property
     def val_check_batch(self) -> int | float:
         """Training batches between two validations; infinite for one at the epoch's end."""
-        return self.fit_loop.val_check_batch
+        return self.fit_loop.pace.val_check_batch
 
     @property
     def global_step(self) -> int:
@@ -205,7 +205,7 @@ class TrainerSurface:
         """Optimizer steps that this fit will take in all. Asking changes nothing: no loader is begun."""
         if self.max_epochs == -1:
             return float("inf") if self.max_steps == -1 else self.max_steps
-        self.fit_loop.load_data()
+        self.fit_loop.data.load()
         batches = self.num_training_batches
         if batches == float("inf"):
             return self.max_steps if self.max_steps != -1 else float("inf")
