@@ -112,6 +112,40 @@ def test_verify_names_what_is_damaged(both: Path, capsys: pytest.CaptureFixture[
     assert Path(row["path"]).name == name and len(row["byte_range"]) == 2
 
 
+@pytest.mark.parametrize("left", ["its first half", "nothing", "zeros"])
+def test_what_a_crash_left_of_a_file_is_damaged_and_not_passed_over(
+    both: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    torn = both / "a-20.ckpt"
+    data = torn.read_bytes()
+    torn.write_bytes({"its first half": data[: len(data) // 2], "nothing": b"", "zeros": bytes(len(data))}[left])
+    status, out = run(capsys, "verify", both)
+    assert status == 1 and f"{torn}: damaged" in out and out.count("sound") == 3
+    assert run(capsys, "verify", torn)[0] == 1
+    (row,) = [row for row in as_json(capsys, "ls", both) if row["error"]]
+    assert row["path"] == str(torn)
+    found = as_json(capsys, "prune", both, "--keep-newest", 1, "--yes")
+    assert str(torn) in found["kept"] and str(both / "b-20") in found["kept"]
+
+
+def test_a_file_of_another_kind_is_no_checkpoint(both: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = both / "compressed.ckpt"  # a plugin's own
+    other.write_bytes(b"\x1f\x8b" + bytes(50))
+    assert len(as_json(capsys, "ls", both)) == 4
+    status, out = run(capsys, "verify", other)
+    assert status == 2 and "is no checkpoint" in out
+
+
+def test_ls_takes_from_the_index_what_the_checkpoint_does_not_tell(
+    both: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"path": "b-10", "epoch": 7, "metrics": {"loss": 0.5}}
+    (both / "index.json").write_text(json.dumps({"version": 1, "checkpoints": [record]}))
+    rows = {Path(row["path"]).name: row for row in as_json(capsys, "ls", both)}
+    assert (rows["b-10"]["epoch"], rows["b-10"]["metrics"]) == (7, {"loss": 0.5})
+    assert rows["b-20"]["epoch"] is None
+
+
 def test_verify_says_what_it_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_file
 

@@ -18,7 +18,9 @@ def listed(directory: Path) -> list[Row]:
     for row in rows:
         record = known.get(Path(row["path"]).name)
         if record is not None:
-            row["metrics"] = row["metrics"] or record
+            metrics, epoch = record
+            row["metrics"] = row["metrics"] or metrics
+            row["epoch"] = epoch if row["epoch"] is None else row["epoch"]
     return sorted(rows, key=lambda row: (-1 if row["step"] is None else row["step"], row["time"], row["path"]))
 
 
@@ -58,15 +60,23 @@ def _torch_file(path: Path) -> Row:
     }
 
 
-def _recorded(directory: Path) -> dict[str, dict[str, float]]:
-    """Metrics by file name, out of the ``index.json`` that `ModelCheckpoint` keeps; a ``.ckpt`` holds none itself."""
+def _recorded(directory: Path) -> dict[str, tuple[dict[str, float], int | None]]:
+    """Metrics and epoch by file name, out of the ``index.json`` that `ModelCheckpoint` keeps.
+
+    A ``.ckpt`` holds no metrics, and the head of a directory no epoch.
+    """
     import json
 
     try:
         records = json.loads((directory / "index.json").read_bytes())["checkpoints"]
-        return {
-            str(record["path"]): {str(k): float(v) for k, v in record["metrics"].items() if isinstance(v, (int, float))}
-            for record in records
-        }
+        return {str(record["path"]): (_numbers(record["metrics"]), _whole(record.get("epoch"))) for record in records}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    return {str(k): float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -105,7 +105,8 @@ def _show(chosen: Any) -> int:
         return 0
     metrics = "  ".join(f"{k}={tables.number(v)}" for k, v in found.metrics.items())
     total = sum(t.size_bytes for t in found.tensors.values())
-    print(tables.safe(f"{found.path}: {found.form}, step {found.step}, {tables.size(found.size_bytes)}  {metrics}"))
+    step = "" if found.step is None else f"step {found.step}, "
+    print(tables.safe(f"{found.path}: {found.form}, {step}{tables.size(found.size_bytes)}  {metrics}".rstrip()))
     rows = [[n, t.dtype, str(list(t.shape)), tables.size(t.size_bytes)] for n, t in tensors]
     print(tables.table([f"{len(rows)} tensors", "type", "shape", tables.size(total)], rows, right=(3,)))
     print(tables.table(["", ""], [[name, text] for name, text in found.values.items()]))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milepost.errors import CheckpointFormatError, CheckpointNotFoundError
+from milepost.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from milepost.format.layout import ITEM_BYTES
 from milepost.format.manifest import HEAD_NAME
 
@@ -64,7 +64,14 @@ def form_of(path: Path) -> str | None:
         return None
     if path.suffix == ".safetensors":
         return "safetensors"
-    return "ckpt" if zipfile.is_zipfile(path) else None
+    return "ckpt" if zipfile.is_zipfile(path) or (path.suffix == ".ckpt" and _is_torn(path)) else None
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether it may be a file of torch that lost its end, where a zip has its directory, or was never filled."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == b"PK\3\4" or not start.strip(b"\0")
 
 
 def find(directory: Path) -> list[Path]:
@@ -72,7 +79,7 @@ def find(directory: Path) -> list[Path]:
     if form_of(directory) is not None:
         return [directory]
     if not directory.is_dir():
-        raise CheckpointNotFoundError(f"There is nothing at {directory}.")
+        raise _is_none(directory)
     return sorted(p for p in directory.iterdir() if not p.name.startswith(".") and form_of(p) is not None)
 
 
@@ -89,9 +96,13 @@ def open_checkpoint(path: Path) -> Opened:
         return _safetensors(path)
     if form == "ckpt":
         return _torch_file(path)
+    raise _is_none(path)
+
+
+def _is_none(path: Path) -> CheckpointError:
     if not path.exists():
-        raise CheckpointNotFoundError(f"There is nothing at {path}.")
-    raise CheckpointFormatError(
+        return CheckpointNotFoundError(f"There is nothing at {path}.")
+    return CheckpointFormatError(
         f"{path} is no checkpoint: neither a directory with a {HEAD_NAME}, nor a file of torch."
     )
 
