@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from milepost.plugins.io.torch_io import TorchCheckpointIO
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
     from milepost.trainer.trainer import Trainer
+
+T = TypeVar("T")
 
 
 class Strategy:
@@ -91,8 +93,39 @@ class Strategy:
         """Delete a checkpoint."""
         io_calls.remove(self.checkpoint_io, filepath)
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights that a checkpoint gets. Override it to save others, such as those that are trained only."""
+        state: dict[str, Any] = self._lightning_module.state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What a checkpoint gets of `optimizer`."""
+        return optimizer.state_dict()
+
     def barrier(self, name: str | None = None) -> None:
         _distributed.barrier()
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Rank `src`'s `obj`, on every rank. Call it on all of them, as the three below."""
+        return _distributed.broadcast_object(obj, src)
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        """Every rank's `tensor`, stacked; `tensor` itself where there is one rank."""
+        return _distributed.all_gather(tensor, group, sync_grads=sync_grads)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str | None = "mean") -> Any:
+        """The mean, or with ``reduce_op="sum"`` the sum, of all ranks' `tensor`; what is no tensor is left alone."""
+        if not isinstance(tensor, torch.Tensor) or not _distributed.is_initialized():
+            return tensor
+        parts = _distributed.all_gather(tensor, group)
+        if str(reduce_op).lower() == "sum":
+            return parts.sum(0)
+        return parts.to(torch.promote_types(parts.dtype, torch.float32)).mean(0)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all ranks decided so, or with ``all=False`` any of them."""
+        votes = _distributed.all_gather(torch.tensor(decision, device=self.root_device))
+        return bool(votes.all() if all else votes.any())
 
     def on_exception(self, exception: BaseException) -> None:
         """Called when a run is interrupted by `exception`, after the callbacks and before `teardown`."""

@@ -69,7 +69,7 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "epoch": standing.epoch,
         "global_step": trainer.global_step,
         VERSION_KEY: CONTRACT_VERSION,
-        "state_dict": without_compile_prefix(module.state_dict()),
+        "state_dict": without_compile_prefix(trainer.strategy.lightning_module_state_dict()),
         "loops": {
             "fit_loop": standing.loops,
             "validate_loop": evaluation_state(),
@@ -81,7 +81,9 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = {
             key: state for key, callback in callback_keys(trainer) if (state := standing.callback_state(key, callback))
         }
-        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        checkpoint["optimizer_states"] = [
+            trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
+        ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[trainer.precision_plugin.state_key] = precision
