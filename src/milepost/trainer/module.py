@@ -392,7 +392,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         The caller's random state is left alone.
 
         Args:
-            checkpoint_path: a file written by Milepost or by Lightning.
+            checkpoint_path: a file written by Milepost or by Lightning, or a directory of `SnapshotCheckpointIO`.
             map_location: where tensors go, and the module with them; the CPU by default.
             hparams_file: hyper-parameters that take the place of the checkpoint's: ``.yaml`` or ``.csv``, as a logger
                 wrote it.

@@ -134,7 +134,13 @@ def _path(trainer: Any, name: str) -> str:
     if name.startswith("registry"):
         raise MisconfigurationException(f"ckpt_path={name!r}: model registries are not supported. Pass a path")
     path = name if "://" in name else str(Path(name).expanduser())
-    if "://" not in path and capabilities.exists(trainer.strategy.checkpoint_io, path) is False:
+    io = trainer.strategy.checkpoint_io
+    if "://" not in path and capabilities.exists(io, path) is False:
+        if Path(path).exists():
+            raise CheckpointNotFoundError(
+                f"ckpt_path={path!r}: {type(io).__name__} reads nothing of this kind. Give Trainer(plugins=...) the "
+                "CheckpointIO that wrote it (SnapshotCheckpointIO writes directories), or take a checkpoint in it"
+            )
         raise CheckpointNotFoundError(f"ckpt_path={path!r}: nothing is there. Pass the path of a checkpoint, or 'auto'")
     return path
 

@@ -15,7 +15,7 @@ import torch
 from milepost.data.rng import RngState
 from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
-from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.plugins.io.form import reader_of
 from milepost.trainer.buffers import changed_buffers, restore_buffers
 from milepost.trainer.hparams import storable
 from milepost.trainer.loading import Loading
@@ -50,10 +50,12 @@ def without_compiled_part(path: str) -> str:
 
 
 def read_checkpoint(path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a `.ckpt` file of ours or Lightning's, old ones too, for `load_from_checkpoint`."""
-    return migrate_checkpoint(
-        io_calls.load(TorchCheckpointIO(), path, map_location=map_location, weights_only=weights_only)
-    )
+    """Read a checkpoint of a built-in plugin or of Lightning, old ones too, for `load_from_checkpoint`."""
+    io = reader_of(path)
+    try:
+        return migrate_checkpoint(io_calls.load(io, path, map_location=map_location, weights_only=weights_only))
+    finally:
+        io_calls.teardown(io)
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
