@@ -41,12 +41,17 @@ def check(value: Any, *, remedy: str = "") -> None:
         where = _dotted(path)
         raise UnencodableValueError(
             f"The value at {where!r} is a {_type_name(value)}, which cannot be stored as data{_too_deep(path)}. Store"
-            " plain values, tensors, paths, enums or dataclasses in its place; leave it out of the hyper-parameters"
-            f" with save_hyperparameters(ignore=[...]).{remedy}",
+            f" plain values, tensors, paths, enums or dataclasses in its place{_or_leave_it_out(path)}.{remedy}",
             key_path=where,
         )
 
     _plain(value, (), [], refuse)
+
+
+def _or_leave_it_out(path: KeyPath) -> str:
+    if not path or path[0] in ("hyper_parameters", "datamodule_hyper_parameters"):
+        return "; leave it out of the hyper-parameters with save_hyperparameters(ignore=[...])"
+    return "; leave it out of what the hook or state_dict gives"
 
 
 def from_plain(checkpoint: dict[str, Any]) -> dict[str, Any]:
