@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,3 +172,10 @@ def test_a_forbidden_import_inside_a_function_is_seen() -> None:
 def test_a_type_checking_import_is_not_seen() -> None:
     tree = ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import milepost.engine\n")
     assert list(imports_of(tree, "milepost.trainer.x", False, inside_functions=True)) == ["typing"]
+
+
+def test_the_annotations_are_offered_to_type_checkers() -> None:
+    """Without this file, and without it in the package, a user's type checker takes every name for `Any`."""
+    assert (SOURCE / "py.typed").is_file()
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-data"]["milepost"] == ["py.typed"]

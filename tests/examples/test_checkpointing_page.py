@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from milepost import Checkpointer, LightningModule, Trainer
-from milepost.callbacks import KeepBest, KeepNewest, ModelCheckpoint
+from milepost import Checkpointer, LightningDataModule, LightningModule, Trainer
+from milepost.callbacks import Callback, KeepBest, KeepNewest, ModelCheckpoint
 from milepost.plugins import CheckpointIO
 
 PAGE = Path(__file__).parents[2] / "docs/checkpointing.md"
@@ -22,6 +22,8 @@ def example(name: str) -> dict[str, Any]:
     found = re.search(rf"```python {name}\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert found is not None
     names: dict[str, Any] = {
+        "Callback": Callback,
+        "LightningDataModule": LightningDataModule,
         "LightningModule": LightningModule,
         "CheckpointIO": CheckpointIO,
         "Path": Path,
@@ -71,6 +73,33 @@ def test_own_entry_comes_back_whatever_writes_the_file(gzipped: bool, tmp_path: 
     assert last.read_bytes().startswith(b"\x1f\x8b") is gzipped
     resumed = fit(tmp_path, 2, plugins, ckpt_path=str(last))
     assert resumed.tokens == 60
+
+
+@pytest.mark.filterwarnings("ignore:strict=False")
+def test_a_data_module_and_a_callback_change_what_is_saved(tmp_path: Path) -> None:
+    names = example("others")
+
+    class Corpus(names["Corpus"]):  # type: ignore[misc, name-defined]
+        def train_dataloader(self) -> Any:
+            self.shard += 3
+            return DataLoader(TensorDataset(torch.ones(6, 2)), batch_size=2)
+
+    def run(epochs: int) -> tuple[Any, Any]:
+        model, data, callback = Counting(), Corpus(), names["DropsFrozen"]()
+        model.strict_loading = False
+        model.net.bias.requires_grad_(False)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[callback, ModelCheckpoint(dirpath=tmp_path, save_last=True)],
+        )  # fmt: skip
+        trainer.fit(model, data, ckpt_path="auto")
+        return data, callback
+
+    run(1)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert (saved["shard"], list(saved["state_dict"])) == (3, ["net.weight"])
+    data, callback = run(2)
+    assert (data.shard, callback.lacked) == (6, 1)
 
 
 def test_plugin_removes_what_is_no_longer_kept(tmp_path: Path) -> None:
