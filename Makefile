@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch's CPU build comes first: what pip takes by default on Linux brings gigabytes for GPUs. Where there is none (a Mac,
-# a mirror of PyPI alone) it is the default one.
-CPU_BUILDS ?= https://download.pytorch.org/whl/cpu/torch/
 
 .PHONY: test demo lint clean
 .DELETE_ON_ERROR:
@@ -13,8 +10,7 @@ CPU_BUILDS ?= https://download.pytorch.org/whl/cpu/torch/
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Milepost needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 15 --find-links $(CPU_BUILDS) torch==2.13.0+cpu \
-	  || $(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	touch $@
 
