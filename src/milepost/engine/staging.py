@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING
@@ -166,12 +167,13 @@ class Arena:
                 jobs = _jobs(Source(plan), start, stop, memory.address + offset)
                 (then if waits else now).extend(jobs)
             offset += _room(plan)
-        shares = _shares(now, workers)
-        futures = [threads.submit(_copy_all, share) for share in shares[1:]]
-        _copy_all(shares[0])
+        queue = deque(now)
+        futures = [threads.submit(_copy_all, queue) for _ in range(min(workers - 1, len(now)))]
+        _copy_all(queue)
         for future in futures:
             future.result()
-        return images, [threads.submit(_copy_all, share) for share in _shares(then, workers) if share]
+        waiting = deque(then)
+        return images, [threads.submit(_copy_all, waiting) for _ in range(min(workers, len(then)))]
 
 
 Job = tuple[Source, int, int, int]
@@ -199,12 +201,11 @@ def _jobs(source: Source, start: int, stop: int, address: int) -> list[Job]:
     ]
 
 
-def _shares(jobs: list[Job], workers: int) -> list[list[Job]]:
-    """Consecutive jobs for each worker: neighbours in memory stay with one."""
-    each = max(-(-len(jobs) // workers), 1)
-    return [jobs[n : n + each] for n in range(0, len(jobs), each)] or [[]]
-
-
-def _copy_all(share: list[Job]) -> None:
-    for source, start, stop, address in share:
+def _copy_all(jobs: deque[Job]) -> None:
+    """Take one job after the other until none is left; several threads take from one queue, so that none idles."""
+    while True:
+        try:
+            source, start, stop, address = jobs.popleft()
+        except IndexError:
+            return
         source.copy(start, stop, address)
