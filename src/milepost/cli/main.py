@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         return int(chosen.run(chosen))
+    except BrokenPipeError:
+        return 0
     except (MilepostError, OSError) as error:
         print(f"milepost {chosen.command}: {tables.safe(str(error))}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

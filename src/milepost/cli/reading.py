@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zipfile
@@ -14,8 +13,6 @@ from typing import Any
 from milepost.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from milepost.format.layout import ITEM_BYTES
 from milepost.format.manifest import HEAD_NAME
-
-_HEADER_MAX_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def _is_none(path: Path) -> CheckpointError:
     )
 
 
-def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> str | None:
+def verify(path: Path) -> str | None:
     """Check every byte. Returns why that cannot be done where the form holds no digests, None where all is sound.
 
     Raises:
@@ -189,19 +186,16 @@ def _torch_file(path: Path) -> Opened:
 
 
 def _safetensors(path: Path) -> Opened:
+    from milepost.format.safetensors import read_header
+
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _HEADER_MAX_BYTES):
-            raise CheckpointFormatError(f"{path} is no safetensors file: its header would have {length} bytes.")
-        try:
-            header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("its header is no dict")
-            metadata = {f"__metadata__.{k}": str(v) for k, v in dict(header.pop("__metadata__", {})).items()}
-            tensors = {name: _described(path, item, 8 + length, size) for name, item in header.items()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointFormatError(f"{path} is no safetensors file: {error}.") from error
+    try:
+        with path.open("rb") as file:
+            header = read_header(file, size)
+        tensors = {name: _described(path, item, header.base, size) for name, item in header.tensors.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointFormatError(f"{path} is no safetensors file: {error}.") from error
+    metadata = {f"__metadata__.{name}": text for name, text in header.metadata.items()}
     return Opened(str(path), "safetensors", None, None, path.stat().st_mtime, size, {}, tensors, metadata)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from milepost.engine.state import DTYPES, Flattened
 from milepost.engine.writer import BlobWriting, Workers, piece_digests
 from milepost.errors import CheckpointCorruptError, CheckpointFormatError
 from milepost.format.layout import ITEM_BYTES, piece_count
+from milepost.format.safetensors import read_header
 from milepost.storage.files import ExistingFile
 
-HEADER_MAX_BYTES = 100 << 20
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -52,19 +51,10 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
-        if self.size < 8:
-            raise CheckpointFormatError(f"{path} is no safetensors file: it has {self.size} bytes.")
         try:
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > min(self.size - 8, HEADER_MAX_BYTES):
-                    raise ValueError(f"its header would have {length} bytes")
-                header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("its header is no dict")
-            self.metadata = {str(k): str(v) for k, v in dict(header.pop("__metadata__", {})).items()}
-            self._base = 8 + length
-            self.entries = {name: self._entry(item) for name, item in header.items()}
+                self._base, self.metadata, tensors = read_header(file, self.size)
+            self.entries = {name: self._entry(item) for name, item in tensors.items()}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointFormatError(f"{path} is no safetensors file: {error}.") from error
 

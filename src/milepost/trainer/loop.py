@@ -164,7 +164,6 @@ class FitLoop:
         if skip:
             progress.batch.add("completed")
             return True
-        self.phase = Phase.BATCH_END
         trainer.call("on_train_batch_end", outputs, batch, batch_idx)
         progress.batch.add("completed")
         trainer.metrics.end_batch()

@@ -93,6 +93,15 @@ class _Handle:
             raise
 
 
+def refuse_storage_options(io: Any, storage_options: Any) -> None:
+    """For a plugin that writes local files. Raises TypeError where options were given, also empty ones."""
+    if storage_options is not None:
+        raise TypeError(
+            f"storage_options={storage_options!r} is not supported for `{type(io).__name__}`: it writes local files."
+            " Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
+        )
+
+
 def is_checkpoint_io(value: Any) -> bool:
     """Whether `value` has the three methods, whatever class it derives from."""
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in _METHODS)

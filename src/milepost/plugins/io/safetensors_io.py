@@ -13,7 +13,7 @@ from milepost.engine import safetensors_file
 from milepost.engine.directory import DirectoryEngine
 from milepost.engine.safetensors_file import SafetensorsFile
 from milepost.errors import CheckpointCorruptError, CheckpointNotFoundError
-from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.plugins.io.checkpoint_io import CheckpointIO, refuse_storage_options
 from milepost.plugins.io.snapshot_io import moved, silent, warn_of_pickle
 from milepost.storage import local
 
@@ -47,11 +47,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
             CheckpointSaveError: they are not; what was at `path` before is intact.
             TypeError: `storage_options` was given.
         """
-        if storage_options is not None:
-            raise TypeError(
-                f"storage_options={storage_options!r} is not supported for `SafetensorsCheckpointIO`: it writes local"
-                " files. Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
-            )
+        refuse_storage_options(self, storage_options)
         path = Path(os.path.abspath(path))  # noqa: PTH100  # not resolved: a link at the target is replaced
         weights = {k: v for k, v in checkpoint.get("state_dict", {}).items() if isinstance(v, torch.Tensor)}
         others = {k: v for k, v in checkpoint.get("state_dict", {}).items() if k not in weights}
@@ -118,7 +114,8 @@ class SafetensorsCheckpointIO(CheckpointIO):
         if rest is None:
             return "cannot"
         self._engine.verify(rest)
-        file.verify(self._engine.load(rest, unpickle=False)["weights"]["digests"])
+        with self._engine.open(rest) as stored:  # the values alone: its tensors have just been read
+            file.verify(stored.tree["weights"]["digests"])
         return None
 
     def check(self, checkpoint: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from milepost.engine.directory import DirectoryEngine, DirectorySave
 from milepost.format.manifest import HEAD_NAME
-from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.plugins.io.checkpoint_io import CheckpointIO, refuse_storage_options
 from milepost.storage import local
 
 
@@ -46,11 +46,7 @@ class SnapshotCheckpointIO(CheckpointIO):
                 background, this one. What was at `path` before is intact.
             TypeError: `storage_options` was given.
         """
-        if storage_options is not None:
-            raise TypeError(
-                f"storage_options={storage_options!r} is not supported for `SnapshotCheckpointIO`: it writes local"
-                " files. Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
-            )
+        refuse_storage_options(self, storage_options)
         step = checkpoint.get("global_step", 0) if isinstance(checkpoint, dict) else 0
         warn = silent if self._allow_pickle else warn_of_pickle
         return self._engine.save(path, checkpoint, step=step, background=self._background, pickled=warn)

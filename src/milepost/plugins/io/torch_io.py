@@ -12,7 +12,7 @@ from milepost.engine import torch_file, values
 from milepost.errors import CheckpointFormatError, CheckpointNotFoundError, UnsafeCheckpointError
 from milepost.format import sealed, torch_zip
 from milepost.plugins.io import foreign_pickle
-from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.plugins.io.checkpoint_io import CheckpointIO, refuse_storage_options
 from milepost.storage import local
 
 
@@ -42,12 +42,7 @@ class TorchCheckpointIO(CheckpointIO):
             CheckpointSaveError: it is not; what was at `path` before is intact.
             TypeError: `storage_options` was given.
         """
-        if storage_options is not None:
-            raise TypeError(
-                f"storage_options={storage_options!r} is not supported for `{type(self).__name__}`: it writes local"
-                " files."
-                " Pass a CheckpointIO of your own to Trainer(plugins=...) for other storage."
-            )
+        refuse_storage_options(self, storage_options)
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         with local.replacing(path, step=step) as file:
             plain = values.to_plain(checkpoint, warn=not self._allow_pickle)
