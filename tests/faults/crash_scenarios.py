@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from milepost import Checkpointer
-from milepost.storage.files import LocalFiles
-from milepost.testing import CrashState, RecordingFiles, crash_states
+from milepost.storage.store import LocalStore
+from milepost.testing import CrashState, RecordingStore, crash_states
 
 
 def state(version: int) -> dict[str, Any]:
@@ -45,14 +45,14 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-class NoExchange(LocalFiles):
+class NoExchange(LocalStore):
     """A file system that cannot swap two directories."""
 
     def exchange(self, one: str, other: str) -> None:
         raise OSError(errno.ENOTSUP, "no exchange", other)
 
 
-class Quick(LocalFiles):
+class Quick(LocalStore):
     """Nothing made durable: what the checks write in a directory that is thrown away need not be."""
 
     def finish(self, descriptor: int, size: int) -> None:
@@ -63,13 +63,13 @@ class Quick(LocalFiles):
         pass
 
 
-def checkpointer(directory: Path, files: Any = None) -> Checkpointer:
-    return Checkpointer(directory, background=False, threads=1, files=files or LocalFiles())
+def checkpointer(directory: Path, store: Any = None) -> Checkpointer:
+    return Checkpointer(directory, background=False, threads=1, store=store or LocalStore())
 
 
-def saved(directory: Path, *steps: tuple[int, int], files: Any = None) -> None:
+def saved(directory: Path, *steps: tuple[int, int], store: Any = None) -> None:
     """Save (step, version), one after the other."""
-    with checkpointer(directory, files) as c:
+    with checkpointer(directory, store) as c:
         for step, version in steps:
             c.save(step, state(version))
 
@@ -81,57 +81,57 @@ class Scenario:
         before: brings the directory to where it is when the recording begins.
         act: what is recorded. It sets marks.
         allowed: the versions that may be found after a crash, given the marks set before it. 0: no checkpoint.
-        files: the file system that the recorded calls go to.
+        store: the file system that the recorded calls go to.
     """
 
     name: str
     before: Callable[[Path], None]
-    act: Callable[[Path, RecordingFiles], None]
+    act: Callable[[Path, RecordingStore], None]
     allowed: Callable[[set[str]], set[int]]
-    files: Callable[[], Any] = LocalFiles
+    store: Callable[[], Any] = LocalStore
 
 
-def save(step: int, version: int) -> Callable[[Path, RecordingFiles], None]:
-    def act(directory: Path, files: RecordingFiles) -> None:
-        with checkpointer(directory, files) as c:
+def save(step: int, version: int) -> Callable[[Path, RecordingStore], None]:
+    def act(directory: Path, store: RecordingStore) -> None:
+        with checkpointer(directory, store) as c:
             c.restore(state(0))  # so that the save may link what is unchanged
             c.save(step, state(version))
-            files.mark("saved")
+            store.mark("saved")
 
     return act
 
 
-def remove(directory: Path, files: RecordingFiles) -> None:
-    with checkpointer(directory, files) as c:
+def remove(directory: Path, store: RecordingStore) -> None:
+    with checkpointer(directory, store) as c:
         c.remove(2)
-        files.mark("removed")
+        store.mark("removed")
 
 
-def save_and_retain(directory: Path, files: RecordingFiles) -> None:
-    with checkpointer(directory, files) as c:
+def save_and_retain(directory: Path, store: RecordingStore) -> None:
+    with checkpointer(directory, store) as c:
         c.restore(state(0))
         c.save(3, state(3))
-        files.mark("saved")
+        store.mark("saved")
         c.remove(1)
         c.remove(2)
         c.save(4, state(4))
-        files.mark("saved 4")
+        store.mark("saved 4")
 
 
-def replace_and_remove(directory: Path, files: RecordingFiles) -> None:
-    with checkpointer(directory, files) as c:
+def replace_and_remove(directory: Path, store: RecordingStore) -> None:
+    with checkpointer(directory, store) as c:
         c.save(2, state(3))
-        files.mark("saved")
+        store.mark("saved")
         c.remove(2)
-        files.mark("removed")
+        store.mark("removed")
 
 
-def two_at_once(directory: Path, files: RecordingFiles) -> None:
+def two_at_once(directory: Path, store: RecordingStore) -> None:
     def run(step: int) -> None:
-        with checkpointer(directory, files) as c:
+        with checkpointer(directory, store) as c:
             c.restore(state(0))
             c.save(step, state(step))
-            files.mark(f"saved {step}")
+            store.mark(f"saved {step}")
 
     threads = [threading.Thread(target=run, args=(step,)) for step in (2, 3)]
     for thread in threads:
@@ -147,14 +147,14 @@ class Killed(BaseException):
 class Dying:
     """Passes calls on until one of them has been made; that and all later ones then end the saver."""
 
-    def __init__(self, files: RecordingFiles, last: str) -> None:
-        self._files, self._last, self._dead = files, last, False
+    def __init__(self, store: RecordingStore, last: str) -> None:
+        self._store, self._last, self._dead = store, last, False
 
     def __getattr__(self, name: str) -> Any:
         def call(*given: Any) -> Any:
             if self._dead:
                 raise Killed
-            result = getattr(self._files, name)(*given)
+            result = getattr(self._store, name)(*given)
             self._dead = name == self._last
             if self._dead:
                 raise Killed
@@ -163,18 +163,18 @@ class Dying:
         return call
 
 
-def killed_then_swept(last: str) -> Callable[[Path, RecordingFiles], None]:
+def killed_then_swept(last: str) -> Callable[[Path, RecordingStore], None]:
     """A saver is killed at its first call of a kind, another process cleans up, and then the power goes."""
 
-    def act(directory: Path, files: RecordingFiles) -> None:
+    def act(directory: Path, store: RecordingStore) -> None:
         try:
-            saved(directory, (2, 3), files=Dying(files, last))
+            saved(directory, (2, 3), store=Dying(store, last))
         except Killed:
             pass
-        with checkpointer(directory, files) as c:
+        with checkpointer(directory, store) as c:
             live = state(0)
             c.restore(live)
-            files.mark(f"found {live['version']}")
+            store.mark(f"found {live['version']}")
 
     return act
 
@@ -233,13 +233,13 @@ SCENARIOS = [
 ]
 
 
-def recorded(scenario: Scenario, root: Path) -> RecordingFiles:
+def recorded(scenario: Scenario, root: Path) -> RecordingStore:
     """Run a scenario in ``root/run``, which is made by it."""
     root.mkdir()
     scenario.before(root / "run")
-    files = RecordingFiles(root, scenario.files())
-    scenario.act(root / "run", files)
-    return files
+    store = RecordingStore(root, scenario.store())
+    scenario.act(root / "run", store)
+    return store
 
 
 def check(found: CrashState, allowed: set[int], directory: Path) -> None:
@@ -292,12 +292,12 @@ def main() -> None:
     for scenario in SCENARIOS:
         root = memory_directory()
         begun = time.monotonic()
-        files = recorded(scenario, root / "recorded")
-        states = crash_states(files, reorderings=given.reorderings, samples=given.samples, seed=given.seed)
+        store = recorded(scenario, root / "recorded")
+        states = crash_states(store, reorderings=given.reorderings, samples=given.samples, seed=given.seed)
         limited = (found for found, _ in zip(states, range(given.limit), strict=False))
         count = check_all(scenario, root, limited)
         total += count
-        print(f"{scenario.name:32} {len(files.log):4} operations {count:7} states, each sound"
+        print(f"{scenario.name:32} {len(store.log):4} operations {count:7} states, each sound"
               f" {time.monotonic() - begun:7.1f} s", flush=True)  # fmt: skip
         shutil.rmtree(root)
     print(f"{total} states")

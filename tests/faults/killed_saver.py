@@ -24,7 +24,7 @@ import torch
 
 from milepost import Checkpointer
 from milepost.engine.retention import KeepNewest
-from milepost.storage.files import LocalFiles
+from milepost.storage.store import LocalStore
 
 PHASES = ("training", "staging", "writing", "commit", "removal")
 KEPT = 2
@@ -34,11 +34,11 @@ class Telling:
     """Notes in memory shared with the parent which phase the saver is in, call by call."""
 
     def __init__(self, shared: mmap.mmap) -> None:
-        self._files = LocalFiles()
+        self._store = LocalStore()
         self._shared = shared
 
     def __getattr__(self, name: str) -> Any:
-        made = getattr(self._files, name)
+        made = getattr(self._store, name)
 
         def call(*given: Any) -> Any:
             self._shared[0] = self._phase(name, given)
@@ -65,7 +65,7 @@ def loop(directory: Path, shared: mmap.mmap, acknowledged: int, background: bool
     """Save step after step, sometimes the same again, and report each one that is durable as 8 bytes."""
     draw = random.Random(seed)
     with Checkpointer(
-        directory, background=background, threads=1, keep=KeepNewest(KEPT), files=Telling(shared)
+        directory, background=background, threads=1, keep=KeepNewest(KEPT), store=Telling(shared)
     ) as checkpointer:
         live = state(0)
         step = checkpointer.restore(live)

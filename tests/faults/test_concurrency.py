@@ -16,7 +16,7 @@ from milepost import Checkpointer
 from milepost.engine.directory import DirectoryEngine
 from milepost.engine.retention import KeepNewest
 from milepost.errors import CheckpointCorruptError, CheckpointNotFoundError
-from milepost.storage.files import LocalFiles
+from milepost.storage.store import LocalStore
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def ended(*children: int) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * len(children)
 
 
-def save_versions(run: Path, steps: list[int], files: Any = None, **arguments: Any) -> None:
-    with Checkpointer(run, threads=1, files=files, **arguments) as c:
+def save_versions(run: Path, steps: list[int], store: Any = None, **arguments: Any) -> None:
+    with Checkpointer(run, threads=1, store=store, **arguments) as c:
         for step in steps:
             c.save(step, state(step))
 
@@ -82,19 +82,19 @@ def test_a_name_of_a_checkpoint_that_leads_nowhere_is_none(root: Path) -> None:
         assert c.steps() == [1] and c.restore(state(0)) == 1
 
 
-@pytest.mark.parametrize("files", [LocalFiles, NoExchange])
-def test_two_processes_save_the_same_step_again_and_again(root: Path, files: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("store", [LocalStore, NoExchange])
+def test_two_processes_save_the_same_step_again_and_again(root: Path, store: Callable[[], Any]) -> None:
     """Each save is whole, none fails, and readers meanwhile find one of them, whole."""
 
     def work(version: int) -> None:
-        with Checkpointer(root / "run", background=False, threads=1, files=files()) as c:
+        with Checkpointer(root / "run", background=False, threads=1, store=store()) as c:
             for _ in range(25):
                 c.save(1, state(version))
 
     work(1)
     savers = [forked(lambda version=version: work(version)) for version in (1, 2)]
     seen = set()
-    with Checkpointer(root / "run", threads=1, files=files()) as c:
+    with Checkpointer(root / "run", threads=1, store=store()) as c:
         for _ in range(40):
             live = state(0)
             assert c.restore(live) == 1
@@ -175,7 +175,7 @@ def test_a_process_that_lists_leaves_a_save_under_way_alone(root: Path) -> None:
                 assert c.steps() == [1] and c.restore(live) == 1 and live["version"] in (1, 2)
                 assert same(c.load(1), state(live["version"]))
 
-    with Checkpointer(run, background=False, threads=1, files=Watched()) as c:
+    with Checkpointer(run, background=False, threads=1, store=Watched()) as c:
         c.save(1, state(2))
         live = state(0)
         assert c.restore(live) == 1 and live["version"] == 2
@@ -183,11 +183,11 @@ def test_a_process_that_lists_leaves_a_save_under_way_alone(root: Path) -> None:
 
 
 def test_a_link_that_is_replaced_keeps_what_it_led_to(root: Path) -> None:
-    for files in (LocalFiles(), NoExchange()):
+    for store in (LocalStore(), NoExchange()):
         save_versions(root / "elsewhere", [1])
         (root / "run").mkdir()
         (root / "run" / "step-00000001").symlink_to(root / "elsewhere" / "step-00000001")
-        save_versions(root / "run", [1], files=files)
+        save_versions(root / "run", [1], store=store)
         assert not (root / "run" / "step-00000001").is_symlink()
         with Checkpointer(root / "elsewhere") as c:
             c.verify(1)

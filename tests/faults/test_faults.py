@@ -19,7 +19,7 @@ from crash_scenarios import NoExchange, Quick, memory_directory, same, saved, st
 
 from milepost import Checkpointer
 from milepost.errors import CheckpointSaveError
-from milepost.testing import Fault, FaultyFiles
+from milepost.testing import Fault, FaultyStore
 
 NUMBERS = [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EPERM, errno.EMLINK, errno.EDQUOT]
 FORGIVEN = {"link", "remove_file", "remove_directory"}
@@ -52,10 +52,10 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def save_breaking(run: Path, step: int, files: FaultyFiles, background: bool) -> CheckpointSaveError | None:
+def save_breaking(run: Path, step: int, store: FaultyStore, background: bool) -> CheckpointSaveError | None:
     """Save version 3 over faults, then version 4 without, with one checkpointer; returns the error of the first."""
     target = run / f"step-{step:08d}"
-    with Checkpointer(run, background=background, threads=1, files=files) as c:
+    with Checkpointer(run, background=background, threads=1, store=store) as c:
         c.restore(state(0))
         before, told = open_files(), []
         for attempt in (lambda: c.save(step, state(3)), c.wait, c.wait):
@@ -63,49 +63,49 @@ def save_breaking(run: Path, step: int, files: FaultyFiles, background: bool) ->
                 attempt()
             except CheckpointSaveError as error:
                 told.append(error)
-        assert files.fault is not None
-        forgiven = files.failed is None or files.failed[0] in FORGIVEN
-        if not (forgiven and files.fault.lasting):  # else it goes well or not, by what the later calls are
-            assert len(told) == (0 if forgiven else 1), files.failed
+        assert store.fault is not None
+        forgiven = store.failed is None or store.failed[0] in FORGIVEN
+        if not (forgiven and store.fault.lasting):  # else it goes well or not, by what the later calls are
+            assert len(told) == (0 if forgiven else 1), store.failed
         assert len(told) <= 1
         assert open_files() == before
         if told:
             assert (told[0].path, told[0].step) == (str(target), step)
             assert isinstance(told[0].__cause__, OSError)
-            assert told[0].__cause__.errno == files.fault.number
-            assert str(target) in str(told[0]) and os.strerror(files.fault.number) in str(told[0])
-        asked = collections.Counter(call for call in files.calls if call[0] in ("finish", "abandon"))
+            assert told[0].__cause__.errno == store.fault.number
+            assert str(target) in str(told[0]) and os.strerror(store.fault.number) in str(told[0])
+        asked = collections.Counter(call for call in store.calls if call[0] in ("finish", "abandon"))
         assert not asked or max(asked.values()) == 1, "a file is made durable once, or never"
-        stuck = files.failed == ("sync_directory", str(run)) and files.fault.lasting  # nor can the rename be undone
+        stuck = store.failed == ("sync_directory", str(run)) and store.fault.lasting  # nor can the rename be undone
         assert found(run) in ({2, 3} if stuck else {2} if told else {3})
-        files.fault = None
+        store.fault = None
         c.save(step, state(4), wait=True)
     assert found(run) == 4
     assert [path.name for path in run.iterdir() if not path.name.startswith("step-")] == []
     return told[0] if told else None
 
 
-def calls_of(run: Path, step: int, files: Any) -> int:
-    faulty = FaultyFiles(None, files)
-    saved(run, (step, 3), files=faulty)
+def calls_of(run: Path, step: int, store: Any) -> int:
+    faulty = FaultyStore(None, store)
+    saved(run, (step, 3), store=faulty)
     return len(faulty.calls)
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["now", "in the background"])
 @pytest.mark.parametrize(
-    ("step", "files"), [(3, Quick), (2, Quick), (2, QuickNoExchange)], ids=["new", "replaced", "without exchange"]
+    ("step", "store"), [(3, Quick), (2, Quick), (2, QuickNoExchange)], ids=["new", "replaced", "without exchange"]
 )
-def test_each_call_of_a_save_may_fail(root: Path, step: int, files: Callable[[], Any], background: bool) -> None:
-    saved(root / "good", (1, 1), (2, 2), files=Quick())
+def test_each_call_of_a_save_may_fail(root: Path, step: int, store: Callable[[], Any], background: bool) -> None:
+    saved(root / "good", (1, 1), (2, 2), store=Quick())
     shutil.copytree(root / "good", root / "count")
-    count = calls_of(root / "count", step, files())
+    count = calls_of(root / "count", step, store())
     assert count > 20
     errors, methods = 0, set()
     for at in range(count):
         shutil.copytree(root / "good", root / "run")
         number = NUMBERS[(at + step) % len(NUMBERS)]
         fault = Fault(at, number, short=at % 2 == 0, lasting=at % 3 == 0)
-        faulty = FaultyFiles(fault, files())
+        faulty = FaultyStore(fault, store())
         errors += save_breaking(root / "run", step, faulty, background) is not None
         methods |= {faulty.failed[0]} if faulty.failed else set()
         shutil.rmtree(root / "run")
@@ -116,23 +116,23 @@ def test_each_call_of_a_save_may_fail(root: Path, step: int, files: Callable[[],
 @pytest.mark.parametrize("number", NUMBERS)
 def test_each_kind_of_call_fails_with_each_error(root: Path, number: int) -> None:
     """The first call of each kind that replacing a checkpoint makes."""
-    saved(root / "good", (1, 1), (2, 2), files=Quick())
+    saved(root / "good", (1, 1), (2, 2), store=Quick())
     shutil.copytree(root / "good", root / "count")
-    counted = FaultyFiles(None, Quick())
-    saved(root / "count", (2, 3), files=counted)
+    counted = FaultyStore(None, Quick())
+    saved(root / "count", (2, 3), store=counted)
     first: dict[str, int] = {}
     for at, (method, _) in enumerate(call for call in counted.calls if call[0] != "abandon"):
         first.setdefault(method, at)
     for at in first.values():
         shutil.copytree(root / "good", root / "run")
-        save_breaking(root / "run", 2, FaultyFiles(Fault(at, number), Quick()), background=False)
+        save_breaking(root / "run", 2, FaultyStore(Fault(at, number), Quick()), background=False)
         shutil.rmtree(root / "run")
 
 
 def test_the_first_save_of_all_may_fail(root: Path) -> None:
     for at in range(4):
-        files = FaultyFiles(Fault(at, errno.ENOSPC), Quick())
-        with Checkpointer(root / "deep" / "run", background=False, files=files) as c:
+        store = FaultyStore(Fault(at, errno.ENOSPC), Quick())
+        with Checkpointer(root / "deep" / "run", background=False, store=store) as c:
             with pytest.raises(CheckpointSaveError, match="No space left"):
                 c.save(1, state(1))
             c.save(1, state(1))

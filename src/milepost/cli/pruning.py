@@ -70,9 +70,9 @@ def _is_sound(path: str, sound: set[str]) -> bool:
 def _remove(path: Path) -> None:
     if path.is_dir():
         from milepost.engine.commit import remove_checkpoint
-        from milepost.storage.files import LocalFiles
+        from milepost.storage.store import LocalStore
 
-        remove_checkpoint(LocalFiles(), str(path.absolute()))
+        remove_checkpoint(LocalStore(), str(path.absolute()))
     else:
         from milepost.storage import local
 

@@ -26,7 +26,7 @@ from milepost.errors import (
     MisconfigurationException,
 )
 from milepost.format.manifest import HEAD_NAME, metrics_as_numbers
-from milepost.storage.files import Files
+from milepost.storage.store import Store
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -60,7 +60,7 @@ class Checkpointer:
         monitor: the metric by which `KeepBest` ranks.
         mode: whether its smallest or its largest value is the best.
         threads: that copy, digest and write.
-        files: what makes the calls to the file system; those of `milepost.testing` record them or make them fail.
+        store: what makes the calls to the file system; those of `milepost.testing` record them or make them fail.
 
     Raises:
         MisconfigurationException: an argument that cannot work.
@@ -77,7 +77,7 @@ class Checkpointer:
         monitor: str | None = None,
         mode: Mode = "min",
         threads: int = 2,
-        files: Files | None = None,
+        store: Store | None = None,
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
@@ -97,7 +97,7 @@ class Checkpointer:
         self._background = background
         self._lazy = lazy
         self._on_busy = on_busy
-        self._engine = DirectoryEngine(files, threads)
+        self._engine = DirectoryEngine(store, threads)
         self._newest: DirectorySave | None = None
 
     # ---- saving ----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Checkpointer:
         kept = {entry.step for entry in self._retention.retain(entries)} | {committed.head.step, self._restored}
         for entry in entries:
             if entry.step not in kept:
-                remove_checkpoint(self._engine.files, entry.path)
+                remove_checkpoint(self._engine.store, entry.path)
                 self._known.pop(entry.step, None)
 
     def _entry(self, step: int) -> Entry:
@@ -201,7 +201,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps of all committed checkpoints, in order. One that is being written is not among them."""
-        sweep(self._engine.files, str(self.directory))
+        sweep(self._engine.store, str(self.directory))
         return self._present()
 
     def _present(self) -> list[int]:

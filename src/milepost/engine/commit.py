@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from milepost.format.manifest import HEAD_NAME
-from milepost.storage.files import Files
+from milepost.storage.store import Store
 
 PENDING = ".pending-"
 REMOVED = ".removed-"
@@ -23,7 +23,7 @@ _ATTEMPTS = 100
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
-def make_parents(files: Files, path: str) -> None:
+def make_parents(store: Store, path: str) -> None:
     """Make a directory and those above it that are missing, each durable before the next.
 
     The name of the deepest one that was there is made durable too: a process that was killed may have made it.
@@ -33,21 +33,21 @@ def make_parents(files: Files, path: str) -> None:
         missing.append(path)
         path = os.path.dirname(path)  # noqa: PTH120
     try:
-        files.sync_directory(os.path.dirname(path))  # noqa: PTH120
+        store.sync_directory(os.path.dirname(path))  # noqa: PTH120
     except OSError as error:
         if error.errno != errno.EACCES:  # it is somebody else's, who keeps it
             raise
     for directory in reversed(missing):
         with suppress(FileExistsError):  # another process came first; that it is a directory, the next call finds
-            files.make_directory(directory)
-        files.sync_directory(os.path.dirname(directory))  # noqa: PTH120
+            store.make_directory(directory)
+        store.sync_directory(os.path.dirname(directory))  # noqa: PTH120
 
 
 class PendingDirectory:
     """A directory that is being written beside the place it is meant for. Its lock tells that its writer lives."""
 
-    def __init__(self, files: Files, target: str) -> None:
-        self._files = files
+    def __init__(self, store: Store, target: str) -> None:
+        self._store = store
         self.target = target
         self._parent, self._name = os.path.split(target)
         self._aside = f"{self._parent}/{REPLACED}{self._name}"
@@ -58,7 +58,7 @@ class PendingDirectory:
     def _make(self) -> tuple[str, int]:
         while True:
             path = f"{self._parent}/{PENDING}{self._name}-{os.getpid()}-{secrets.token_hex(4)}"
-            self._files.make_directory(path)
+            self._store.make_directory(path)
             lock = _locked(path, wait=True)
             if lock is not None and _still(path, lock):
                 return path, lock
@@ -75,7 +75,7 @@ class PendingDirectory:
             OSError: it is not committed; what was at the target before is still there, whole. If the parent cannot be
                 made durable, and the file system refuses to take the rename back, the new one stands there, whole.
         """
-        self._files.sync_directory(self.path)
+        self._store.sync_directory(self.path)
         for _ in range(_ATTEMPTS):  # another saver or a removal may come between looking and renaming
             if self._moved() or self._exchanged():
                 self._release()
@@ -87,56 +87,56 @@ class PendingDirectory:
         if os.path.lexists(self.target):
             return False
         try:
-            self._place(lambda: self._files.rename(self.path, self.target))
+            self._place(lambda: self._store.rename(self.path, self.target))
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
             raise
-        self._make_durable(lambda: self._files.rename(self.target, self.path))
+        self._make_durable(lambda: self._store.rename(self.target, self.path))
         return True
 
     def _exchanged(self) -> bool:
         """Change places with what is there, and remove that."""
-        files = self._files
+        store = self._store
         try:
-            self._place(lambda: files.exchange(self.path, self.target))  # the pending name then holds the old one
+            self._place(lambda: store.exchange(self.path, self.target))  # the pending name then holds the old one
         except FileNotFoundError:
             return False
         except OSError as error:
             if error.errno != errno.ENOTSUP:
                 raise
             return self._moved_aside()
-        self._make_durable(lambda: files.exchange(self.path, self.target))
+        self._make_durable(lambda: store.exchange(self.path, self.target))
         with suppress(OSError):  # it is committed: what is left of the old one is swept later
-            remove_tree(files, self.path)
+            remove_tree(store, self.path)
         return True
 
     def _moved_aside(self) -> bool:
         """Where two directories cannot be swapped in one step: readers know to look for the name given here."""
-        files = self._files
+        store = self._store
         if os.path.lexists(self._aside):  # left by a killed process, whose renames may not be durable yet
-            files.sync_directory(self._parent)
-            _remove_aside(files, self._aside)
+            store.sync_directory(self._parent)
+            _remove_aside(store, self._aside)
         try:
-            files.rename(self.target, self._aside)
+            store.rename(self.target, self._aside)
         except FileNotFoundError:
             return False
         try:
-            self._place(lambda: files.rename(self.path, self.target))
+            self._place(lambda: store.rename(self.path, self.target))
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
             with suppress(OSError):
-                files.rename(self._aside, self.target)
+                store.rename(self._aside, self.target)
             raise
         self._make_durable(self._put_back)
         with suppress(OSError):
-            _remove_aside(files, self._aside)
+            _remove_aside(store, self._aside)
         return True
 
     def _put_back(self) -> None:
-        self._files.rename(self.target, self.path)
-        self._files.rename(self._aside, self.target)
+        self._store.rename(self.target, self.path)
+        self._store.rename(self._aside, self.target)
 
     def _place(self, rename: Callable[[], None]) -> None:
         self._placed = True  # before it is: an interrupt may come between the two
@@ -149,7 +149,7 @@ class PendingDirectory:
     def _make_durable(self, undo: Callable[[], None]) -> None:
         """Acknowledge the new names; where that fails, take them back: the save has failed, so nothing has changed."""
         try:
-            self._files.sync_directory(self._parent)
+            self._store.sync_directory(self._parent)
         except OSError:
             with suppress(OSError):
                 undo()
@@ -162,8 +162,8 @@ class PendingDirectory:
             if not self._placed:  # else the pending name holds, if anything, what was there before
                 with suppress(OSError):
                     if self._undone:  # or a crash could leave the rename, without what takes it back, and no files
-                        self._files.sync_directory(self._parent)
-                    remove_tree(self._files, self.path)
+                        self._store.sync_directory(self._parent)
+                    remove_tree(self._store, self.path)
         finally:
             self._release()
 
@@ -173,40 +173,40 @@ class PendingDirectory:
             self._lock = -1
 
 
-def remove_checkpoint(files: Files, path: str) -> None:
+def remove_checkpoint(store: Store, path: str) -> None:
     """Remove a checkpoint directory. It stops being one in a single step; where there is none, nothing happens."""
     parent, name = os.path.split(path)
     for found in (f"{parent}/{REPLACED}{name}", path):  # the one it replaced first, which would else be put back
         gone = f"{parent}/{REMOVED}{name}-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            files.rename(found, gone)
+            store.rename(found, gone)
         except FileNotFoundError:
             continue
-        files.sync_directory(parent)
-        remove_tree(files, gone)
+        store.sync_directory(parent)
+        remove_tree(store, gone)
 
 
-def _remove_aside(files: Files, path: str) -> None:
+def _remove_aside(store: Store, path: str) -> None:
     """For good: were the checkpoint that replaced it removed later, and that alone durable, it would be put back."""
-    remove_tree(files, path)
-    files.sync_directory(os.path.dirname(path))  # noqa: PTH120
+    remove_tree(store, path)
+    store.sync_directory(os.path.dirname(path))  # noqa: PTH120
 
 
-def remove_tree(files: Files, path: str) -> None:
+def remove_tree(store: Store, path: str) -> None:
     """Remove a directory of files, its head first: a half-removed one is no checkpoint. Links are not followed.
 
     What somebody else removes at the same time is not missed.
     """
     with suppress(FileNotFoundError):
         if not _is_directory(path):
-            files.remove_file(path)
+            store.remove_file(path)
             return
         for name in sorted(os.listdir(path), key=lambda name: name != HEAD_NAME):  # noqa: PTH208
-            remove_tree(files, f"{path}/{name}")
-        files.remove_directory(path)
+            remove_tree(store, f"{path}/{name}")
+        store.remove_directory(path)
 
 
-def sweep(files: Files, directory: str) -> list[str]:
+def sweep(store: Store, directory: str) -> list[str]:
     """Remove what killed processes left in `directory`, put back what one was replacing; return what was removed."""
     try:
         names = sorted(os.listdir(directory))  # noqa: PTH208
@@ -220,16 +220,16 @@ def sweep(files: Files, directory: str) -> list[str]:
             if name.startswith(REPLACED):
                 replaced = name.removeprefix(REPLACED)
                 if os.path.lexists(f"{directory}/{replaced}"):
-                    _swept(files, path, swept)
+                    _swept(store, path, swept)
                 elif replaced not in alive:  # else its saver is between its two renames
-                    files.rename(path, f"{directory}/{replaced}")
-                    files.sync_directory(directory)
-            elif name.startswith((PENDING, REMOVED)) and not _swept(files, path, swept):
+                    store.rename(path, f"{directory}/{replaced}")
+                    store.sync_directory(directory)
+            elif name.startswith((PENDING, REMOVED)) and not _swept(store, path, swept):
                 alive.add(name.removeprefix(PENDING).rsplit("-", 2)[0])
     return swept
 
 
-def _swept(files: Files, path: str, swept: list[str]) -> bool:
+def _swept(store: Store, path: str, swept: list[str]) -> bool:
     """Remove one directory that nobody holds."""
     lock = None
     if _is_directory(path) and (lock := _locked(path, wait=False)) is None:
@@ -238,8 +238,8 @@ def _swept(files: Files, path: str, swept: list[str]) -> bool:
         if not swept:
             # What a killed process renamed may not be durable: a power cut would then bring the old names back, of
             # which one is the checkpoint that is removed here.
-            files.sync_directory(os.path.dirname(path))  # noqa: PTH120
-        (_remove_aside if os.path.basename(path).startswith(REPLACED) else remove_tree)(files, path)  # noqa: PTH119
+            store.sync_directory(os.path.dirname(path))  # noqa: PTH120
+        (_remove_aside if os.path.basename(path).startswith(REPLACED) else remove_tree)(store, path)  # noqa: PTH119
         swept.append(path)
     finally:
         if lock is not None:

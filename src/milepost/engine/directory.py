@@ -23,7 +23,7 @@ from milepost.engine.state import Flattened, rebuild, references, stored_type
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, CheckpointSaveError
 from milepost.format.codec import TensorRef
-from milepost.storage.files import Files, LocalFiles
+from milepost.storage.store import LocalStore, Store
 
 _T = TypeVar("_T")
 
@@ -73,12 +73,12 @@ class DirectoryEngine:
     """Stores states, nested mappings of tensors and plain values, as directories. One at a time is written.
 
     Args:
-        files: the file system; another one is for tests.
+        store: the file system; another one is for tests.
         threads: that copy, digest and write. Two saturate a disk of a few GB/s.
     """
 
-    def __init__(self, files: Files | None = None, threads: int = 2) -> None:
-        self.files = files or LocalFiles()
+    def __init__(self, store: Store | None = None, threads: int = 2) -> None:
+        self.store = store or LocalStore()
         self._threads = threads
         self._workers: Workers | None = None
         self._writer: ThreadPoolExecutor | None = None
@@ -173,10 +173,10 @@ class DirectoryEngine:
                 copy.result()
             parent = os.path.dirname(save.path)  # noqa: PTH120
             if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
-                make_parents(self.files, parent)
+                make_parents(self.store, parent)
                 self._durable.add(parent)
-            sweep(self.files, parent)
-            saving = Saving(self.files, self._started(), flattened, plans, images)
+            sweep(self.store, parent)
+            saving = Saving(self.store, self._started(), flattened, plans, images)
             committed = saving.run(save.path, save.step, metrics, self._last)
             self._last = committed
             if then is not None:
@@ -307,7 +307,7 @@ class DirectoryEngine:
     def remove(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens."""
         self._drain()
-        remove_checkpoint(self.files, os.path.abspath(path))  # noqa: PTH100
+        remove_checkpoint(self.store, os.path.abspath(path))  # noqa: PTH100
 
     def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
         """Give a checkpoint a second name: a directory of links. False where links cannot be made.
@@ -316,13 +316,13 @@ class DirectoryEngine:
         """
         self._drain()
         origin, goal = os.path.abspath(source), os.path.abspath(target)  # noqa: PTH100
-        make_parents(self.files, os.path.dirname(goal))  # noqa: PTH120
+        make_parents(self.store, os.path.dirname(goal))  # noqa: PTH120
         with StoredCheckpoint(origin) as stored:
             identities = stored.identities()
-        pending = PendingDirectory(self.files, goal)
+        pending = PendingDirectory(self.store, goal)
         try:
             for name, known in identities.items():
-                self.files.link(f"{origin}/{name}", pending.file(name))
+                self.store.link(f"{origin}/{name}", pending.file(name))
                 if identity(pending.file(name)) != known:
                     raise OSError(errno.ESTALE, "the checkpoint was replaced meanwhile", origin)
             pending.commit()

@@ -23,7 +23,7 @@ from milepost.errors import (
 from milepost.format import codec, manifest
 from milepost.format.layout import PIECE_BYTES, TensorEntry, pieces_of
 from milepost.format.manifest import Blob, Head, Index, Stored
-from milepost.storage.files import ALIGN_BYTES
+from milepost.storage.store import ALIGN_BYTES
 
 READ_ATTEMPTS = 20
 """How often a checkpoint that is replaced while it is read is read anew. Only savers that do nothing else need many."""

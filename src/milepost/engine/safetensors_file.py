@@ -17,7 +17,7 @@ from milepost.engine.writer import BlobWriting, Workers, piece_digests
 from milepost.errors import CheckpointCorruptError, CheckpointFormatError
 from milepost.format.layout import ITEM_BYTES, piece_count
 from milepost.format.safetensors import read_header
-from milepost.storage.files import ExistingFile
+from milepost.storage.store import ExistingFile
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -22,7 +22,7 @@ from milepost.engine.writer import BlobWriting, Workers, digests_of, piece_diges
 from milepost.format import codec, manifest
 from milepost.format.layout import PIECE_BYTES, piece_count
 from milepost.format.manifest import Blob, Head, Stored
-from milepost.storage.files import Files
+from milepost.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Saving:
 
     def __init__(
         self,
-        files: Files,
+        store: Store,
         workers: Workers,
         flattened: Flattened,
         plans: Sequence[BlobPlan],
         images: Sequence[Image],
     ) -> None:
-        self._files = files
+        self._store = store
         self._workers = workers
         self._flattened = flattened
         self._plans = plans
@@ -85,7 +85,7 @@ class Saving:
         self._known = {f"{last.path}/{name}": found for name, found in last.identities.items()} if last else {}
         planned = zip(self._plans, self._images, strict=True)
         parts = [part for plan, image in planned for part in self._parts(plan, image, last)]
-        pending = PendingDirectory(self._files, target)
+        pending = PendingDirectory(self._store, target)
         try:
             blobs = self._write_blobs(pending, parts)
             head = self._write_rest(pending, blobs, step, metrics, last, world_size)
@@ -174,7 +174,7 @@ class Saving:
                 linked[part.name] = part.link
             else:
                 to_write.append(part)
-        written = BlobWriting(self._files, self._workers).run(
+        written = BlobWriting(self._store, self._workers).run(
             [(pending.file(part.name), part.image) for part in to_write if part.image is not None]
         )
         digests = {part.name: found for part, found in zip(to_write, written, strict=True)}
@@ -243,22 +243,22 @@ class Saving:
         So it is where the link turns out to be one to another file: somebody has replaced the last checkpoint.
         """
         try:
-            self._files.link(source, target)
+            self._store.link(source, target)
         except OSError:
             return False
         if identity(target) == self._known.get(source):
             return True
-        self._files.remove_file(target)
+        self._store.remove_file(target)
         return False
 
     def _write(self, path: str, data: bytes) -> None:
-        descriptor = self._files.create(path, 0)
+        descriptor = self._store.create(path, 0)
         try:
-            self._files.write(descriptor, memoryview(data), 0)
+            self._store.write(descriptor, memoryview(data), 0)
         except BaseException:
-            self._files.abandon(descriptor)
+            self._store.abandon(descriptor)
             raise
-        self._files.finish(descriptor, len(data))
+        self._store.finish(descriptor, len(data))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from milepost.engine.requests import CHUNK_BYTES
 from milepost.engine.writer import BlobWriting, Workers
 from milepost.format import sealed, torch_zip, zip_layout
 from milepost.format.zip_layout import Hole
-from milepost.storage.files import ExistingFile
+from milepost.storage.store import ExistingFile
 
 _THREADS = 2
 

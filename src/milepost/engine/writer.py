@@ -11,7 +11,7 @@ import xxhash
 from milepost.engine.requests import CHUNK_BYTES, Image, Tailed
 from milepost.engine.staging import Memory
 from milepost.format.layout import PIECE_BYTES
-from milepost.storage.files import ALIGN_BYTES, Files
+from milepost.storage.store import ALIGN_BYTES, Store
 
 
 class Workers:
@@ -53,8 +53,8 @@ class _Target:
 class BlobWriting:
     """Writes images to new files. When `run` returns, all of them are durable; where it raises, none is to be used."""
 
-    def __init__(self, files: Files, workers: Workers) -> None:
-        self._files = files
+    def __init__(self, store: Store, workers: Workers) -> None:
+        self._store = store
         self._workers = workers
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -64,7 +64,7 @@ class BlobWriting:
         targets: list[_Target] = []
         try:
             for path, image in blobs:
-                targets.append(_Target(path, image, self._files.create(path, image.size)))
+                targets.append(_Target(path, image, self._store.create(path, image.size)))
             chunks = iter([(target, number) for target in targets for number in range(target.chunks)])
             futures = [self._workers.pool.submit(self._work, chunks) for _ in range(self._workers.count)]
             errors = [error for future in futures if (error := future.exception()) is not None]
@@ -73,7 +73,7 @@ class BlobWriting:
         finally:
             for target in targets:
                 if target.open:
-                    self._files.abandon(target.descriptor)
+                    self._store.abandon(target.descriptor)
         return ["".join(target.digests) for target in targets]
 
     def _work(self, chunks: Iterator[tuple[_Target, int]]) -> None:
@@ -95,16 +95,16 @@ class BlobWriting:
         stop = min(start + CHUNK_BYTES, -(-size // ALIGN_BYTES) * ALIGN_BYTES)
         data = target.image.view(start, stop, buffer)
         target.digests[number] = piece_digests(data[: min(stop, size) - start])
-        self._files.write(target.descriptor, data if size >= ALIGN_BYTES else data[:size], start)
+        self._store.write(target.descriptor, data if size >= ALIGN_BYTES else data[:size], start)
         with self._lock:
             target.left -= 1
             last = target.left == 0
         if last:
             extra = target.image.tail("".join(target.digests)) if isinstance(target.image, Tailed) else b""
             if extra:
-                self._files.write(target.descriptor, memoryview(extra), size)
+                self._store.write(target.descriptor, memoryview(extra), size)
             target.open = False
-            self._files.finish(target.descriptor, size + len(extra))
+            self._store.finish(target.descriptor, size + len(extra))
 
 
 def piece_digests(data: memoryview) -> str:

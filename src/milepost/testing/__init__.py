@@ -5,9 +5,9 @@ from milepost._lazy import lazy_names
 _NAMES = {
     "CheckpointIOTests": "milepost.testing.checkpoint_io",
     "CrashState": "milepost.testing.crashes",
-    "Fault": "milepost.testing.faulty_files",
-    "FaultyFiles": "milepost.testing.faulty_files",
-    "RecordingFiles": "milepost.testing.recording",
+    "Fault": "milepost.testing.faulty_store",
+    "FaultyStore": "milepost.testing.faulty_store",
+    "RecordingStore": "milepost.testing.recording",
     "crash_states": "milepost.testing.crashes",
 }
 __all__ = sorted(_NAMES)

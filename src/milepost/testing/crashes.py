@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.testing.recording import ROOT, Data, Entries, Inode, Mark, Operation, Picture, RecordingFiles, Sync
+from milepost.testing.recording import ROOT, Data, Entries, Inode, Mark, Operation, Picture, RecordingStore, Sync
 
 _TORN = "torn"
 _KEPT = "kept"
@@ -66,7 +66,7 @@ class CrashState:
 
 
 def crash_states(
-    recording: RecordingFiles, *, reorderings: int = 2, samples: int = 0, seed: int = 0
+    recording: RecordingStore, *, reorderings: int = 2, samples: int = 0, seed: int = 0
 ) -> Iterator[CrashState]:
     """The states that a crash may leave after each prefix of a recording, each state once.
 

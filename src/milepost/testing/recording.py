@@ -1,4 +1,4 @@
-"""A `Files` that writes down what is done through it: the input of the replay of crash states.
+"""A `Store` that writes down what is done through it: the input of the replay of crash states.
 
 Every call becomes operations on *inodes*: files and directories apart from their names, as a file system keeps them.
 A picture of the directory is taken when the recording begins; what is there then counts as durable.
@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from milepost.storage.files import Files, LocalFiles
+from milepost.storage.store import LocalStore, Store
 
 Inode = int
 ROOT: Inode = 0
@@ -84,17 +84,17 @@ class Picture:
         return Picture({d: dict(names) for d, names in self.directories.items()}, dict(self.files))
 
 
-class RecordingFiles:
-    """Passes every call on to `files` and keeps it in `log`. Calls of several threads wait for each other.
+class RecordingStore:
+    """Passes every call on to `store` and keeps it in `log`. Calls of several threads wait for each other.
 
     Args:
         root: the directory that is watched. All that is changed must lie in it.
-        files: what makes the calls; the machine's own file system if it is not given.
+        store: what makes the calls; the machine's own file system if it is not given.
     """
 
-    def __init__(self, root: str | os.PathLike[str], files: Files | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], store: Store | None = None) -> None:
         self._root = os.path.abspath(root)  # noqa: PTH100  # as the engine does: not resolved
-        self._files = files or LocalFiles()
+        self._store = store or LocalStore()
         self._lock = threading.Lock()
         self._open: dict[int, Inode] = {}
         self.initial = Picture.of(self._root)
@@ -111,14 +111,14 @@ class RecordingFiles:
 
     def make_directory(self, path: str) -> None:
         with self._lock:
-            self._files.make_directory(path)
+            self._store.make_directory(path)
             inode = self._new()
             self._live[inode] = {}
             self._enter(f"mkdir {self._short(path)}", {path: inode})
 
     def create(self, path: str, size: int) -> int:
         with self._lock:
-            descriptor = self._files.create(path, size)
+            descriptor = self._store.create(path, size)
             inode = self._open[descriptor] = self._new()
             self._enter(f"create {self._short(path)}", {path: inode})
             if size:
@@ -129,50 +129,50 @@ class RecordingFiles:
         with self._lock:
             inode = self._open[descriptor]
             self.log.append(Data(inode, offset, bytes(data), f"write {len(data)} bytes at {offset} of {inode}"))
-            self._files.write(descriptor, data, offset)
+            self._store.write(descriptor, data, offset)
 
     def finish(self, descriptor: int, size: int) -> None:
         with self._lock:
             inode = self._open.pop(descriptor)
             self.log.append(Data(inode, size, None, f"truncate {inode} to {size}"))
-            self._files.finish(descriptor, size)
+            self._store.finish(descriptor, size)
             self.log.append(Sync(inode, f"fsync {inode}"))
 
     def abandon(self, descriptor: int) -> None:
         with self._lock:
             self._open.pop(descriptor)
-            self._files.abandon(descriptor)
+            self._store.abandon(descriptor)
 
     def link(self, source: str, target: str) -> None:
         with self._lock:
-            self._files.link(source, target)
+            self._store.link(source, target)
             self._enter(f"link {self._short(source)} {self._short(target)}", {target: self._inode(source)})
 
     def rename(self, source: str, target: str) -> None:
         with self._lock:
-            self._files.rename(source, target)
+            self._store.rename(source, target)
             moved: dict[str, Inode | None] = {source: None, target: self._inode(source)}
             self._enter(f"rename {self._short(source)} {self._short(target)}", moved)
 
     def exchange(self, one: str, other: str) -> None:
         with self._lock:
-            self._files.exchange(one, other)
+            self._store.exchange(one, other)
             swapped: dict[str, Inode | None] = {one: self._inode(other), other: self._inode(one)}
             self._enter(f"exchange {self._short(one)} {self._short(other)}", swapped)
 
     def remove_file(self, path: str) -> None:
         with self._lock:
-            self._files.remove_file(path)
+            self._store.remove_file(path)
             self._enter(f"unlink {self._short(path)}", {path: None})
 
     def remove_directory(self, path: str) -> None:
         with self._lock:
-            self._files.remove_directory(path)
+            self._store.remove_directory(path)
             self._enter(f"rmdir {self._short(path)}", {path: None})
 
     def sync_directory(self, path: str) -> None:
         with self._lock:
-            self._files.sync_directory(path)
+            self._store.sync_directory(path)
             if self._short(path).startswith(os.pardir):  # what lies outside is taken to be durable
                 return
             self.log.append(Sync(self._inode(path), f"fsync {self._short(path)}"))

@@ -1,6 +1,6 @@
 """The calls to the file system that a save is made of, one method each.
 
-Everything durable that the engine does goes through a `Files`. `LocalFiles` makes the system calls; a recorder around
+Everything durable that the engine does goes through a `Store`. `LocalStore` makes the system calls; a recorder around
 it sees each write, fsync, rename, link and unlink, which is what the replay of crash states needs. Paths are absolute.
 Bytes are written through a descriptor, in large aligned pieces, from buffers that the caller owns.
 """
@@ -21,7 +21,7 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-class Files(Protocol):
+class Store(Protocol):
     """What a save needs of a file system. All raise OSError with the path."""
 
     def make_directory(self, path: str) -> None: ...
@@ -55,7 +55,7 @@ class Files(Protocol):
         """Make the entries of a directory durable."""
 
 
-class LocalFiles:
+class LocalStore:
     """The machine's own file system. Direct I/O where the file system takes it; where not, buffered and fsynced."""
 
     _created = os.O_CREAT | os.O_EXCL
@@ -146,7 +146,7 @@ class LocalFiles:
         self._buffered.add(descriptor)
 
 
-class ExistingFile(LocalFiles):
+class ExistingFile(LocalStore):
     """Writes over a file that is there already, such as one whose lock tells that its writer lives; keeps its mode."""
 
     _created = 0

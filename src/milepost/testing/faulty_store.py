@@ -1,4 +1,4 @@
-"""A `Files` one of whose calls fails, as a disk that is full or broken makes it fail."""
+"""A `Store` one of whose calls fails, as a disk that is full or broken makes it fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from dataclasses import dataclass
 
-from milepost.storage.files import Files, LocalFiles
+from milepost.storage.store import LocalStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +27,27 @@ class Fault:
     lasting: bool = False
 
 
-class FaultyFiles:
-    """Passes calls on to `files`, until the one that fails.
+class FaultyStore:
+    """Passes calls on to `store`, until the one that fails.
 
     `calls` lists what was asked for, as (method, path), the one that failed included; `failed` is that one.
     """
 
-    def __init__(self, fault: Fault | None = None, files: Files | None = None) -> None:
+    def __init__(self, fault: Fault | None = None, store: Store | None = None) -> None:
         self.fault = fault
         self.calls: list[tuple[str, str]] = []
         self.failed: tuple[str, str] | None = None
-        self._files = files or LocalFiles()
+        self._store = store or LocalStore()
         self._lock = threading.Lock()
         self._paths: dict[int, str] = {}
 
     def make_directory(self, path: str) -> None:
         self._called("make_directory", path)
-        self._files.make_directory(path)
+        self._store.make_directory(path)
 
     def create(self, path: str, size: int) -> int:
         self._called("create", path)
-        descriptor = self._files.create(path, size)
+        descriptor = self._store.create(path, size)
         with self._lock:
             self._paths[descriptor] = path
         return descriptor
@@ -57,9 +57,9 @@ class FaultyFiles:
             self._called("write", self._paths[descriptor])
         except OSError:
             if self.fault is not None and self.fault.short:
-                self._files.write(descriptor, data[: len(data) // 2], offset)
+                self._store.write(descriptor, data[: len(data) // 2], offset)
             raise
-        self._files.write(descriptor, data, offset)
+        self._store.write(descriptor, data, offset)
 
     def finish(self, descriptor: int, size: int) -> None:
         with self._lock:
@@ -67,38 +67,38 @@ class FaultyFiles:
         try:
             self._called("finish", path)
         except OSError:
-            self._files.abandon(descriptor)  # as `Files` has it: closed, also where that fails
+            self._store.abandon(descriptor)  # as `Store` has it: closed, also where that fails
             raise
-        self._files.finish(descriptor, size)
+        self._store.finish(descriptor, size)
 
     def abandon(self, descriptor: int) -> None:
         with self._lock:
             self.calls.append(("abandon", self._paths.pop(descriptor)))
-        self._files.abandon(descriptor)
+        self._store.abandon(descriptor)
 
     def link(self, source: str, target: str) -> None:
         self._called("link", target)
-        self._files.link(source, target)
+        self._store.link(source, target)
 
     def rename(self, source: str, target: str) -> None:
         self._called("rename", target)
-        self._files.rename(source, target)
+        self._store.rename(source, target)
 
     def exchange(self, one: str, other: str) -> None:
         self._called("exchange", other)
-        self._files.exchange(one, other)
+        self._store.exchange(one, other)
 
     def remove_file(self, path: str) -> None:
         self._called("remove_file", path)
-        self._files.remove_file(path)
+        self._store.remove_file(path)
 
     def remove_directory(self, path: str) -> None:
         self._called("remove_directory", path)
-        self._files.remove_directory(path)
+        self._store.remove_directory(path)
 
     def sync_directory(self, path: str) -> None:
         self._called("sync_directory", path)
-        self._files.sync_directory(path)
+        self._store.sync_directory(path)
 
     def _called(self, method: str, path: str) -> None:
         with self._lock:
