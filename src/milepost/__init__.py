@@ -11,6 +11,8 @@ _NAMES = {
     "DataModule": "milepost.trainer.datamodule",
     "LightningDataModule": "milepost.trainer.datamodule",
     "Callback": "milepost.callbacks.callback",
+    "OfAllRanks": "milepost._distributed",
+    "PerRank": "milepost._distributed",
     "Checkpointer": "milepost.engine.checkpointer",
     "RandomState": "milepost.data.rng",
     "seed_everything": "milepost.data.rng",

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PerRank(Generic[T]):
+    """Marks a value, in a state that several ranks save together, that each rank has for itself.
+
+    All else is assumed equal on all ranks, DTensors apart, and saved once.
+    """
+
+    value: T
+
+
+@dataclass(frozen=True)
+class OfAllRanks(Generic[T]):
+    """What a `PerRank` value is loaded as where the number of ranks has changed: that of every rank which saved it.
+
+    At the same number of ranks each gets its own back, bare.
+    """
+
+    values: tuple[T, ...]
 
 
 def is_initialized() -> bool:

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from milepost.errors import CheckpointFormatError
 
@@ -22,7 +22,13 @@ class CheckpointIO(ABC):
     when it could not be stored as data; called before the first step), ``probe(directory)`` (the bytes free there;
     raises where nothing can be written), ``wait()``, and a `save_checkpoint` that returns a handle with ``done()`` and
     ``result()`` because it writes in the background.
+
+    Attributes:
+        every_rank: where several ranks train, whether `save_checkpoint` is called on each of them, with what that rank
+            has: DTensors as they are, `milepost.PerRank` values unopened. Else rank 0 alone is called, with all of it.
     """
+
+    every_rank: ClassVar[bool] = False
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Any:
@@ -169,6 +175,11 @@ def link(io: Any, source: Any, target: Any) -> bool:
     """Give the checkpoint at `source` the second name `target`. False: not offered or not possible, save it again."""
     offered = _offered(io, "link")
     return False if offered is None else offered(source, target) is not False
+
+
+def takes_every_rank(io: Any) -> bool:
+    """Whether `io` is to be called on every rank, and puts together what they have by itself."""
+    return bool(getattr(io, "every_rank", False))
 
 
 def offers(io: Any, capability: str) -> bool:
