@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+import msgspec
+
 from milepost.engine.commit import REPLACED, Identity, identity
 from milepost.engine.requests import CHUNK_BYTES, Destination
 from milepost.engine.writer import Workers, piece_digests
@@ -46,6 +48,8 @@ class StoredCheckpoint:
             self._directory = _open_directory(self.path)
             try:
                 self.head: Head = manifest.decode_head(self._head_bytes(), self._in(manifest.HEAD_NAME))
+                if (listing := self.head.listing) is not msgspec.UNSET:
+                    self.head = manifest.decode_listing(self._stored(listing), self.head, self._in(listing.name))
                 break
             except BaseException as error:
                 replaced = isinstance(error, CheckpointError) and not self.is_current()
@@ -86,12 +90,27 @@ class StoredCheckpoint:
 
     @cached_property
     def tree(self) -> Any:
-        """The decoded tree: plain values, `TensorRef` and `Tagged`."""
+        """The decoded tree: plain values, `TensorRef`, `PartsRef`, `RanksRef` and `Tagged`."""
         path = self._in(self.head.tree.name)
         tree = codec.decode(self._stored(self.head.tree), path)
         if not isinstance(tree, dict):
             raise CheckpointFormatError(f"{path} holds a {type(tree).__name__}, not the names of a state.")
         return tree
+
+    def rank_tree(self, rank: int) -> list[Any]:
+        """The values that were rank `rank`'s own, in the order of the numbers in `RanksRef`.
+
+        Raises:
+            CheckpointFormatError: there is no such rank, or its file holds something else.
+        """
+        trees = self.head.rank_trees()
+        if rank >= len(trees):
+            raise CheckpointFormatError(f"{self.path}: the tree refers to values of rank {rank} of {len(trees)}.")
+        path = self._in(trees[rank].name)
+        values = codec.decode(self._stored(trees[rank]), path)
+        if not isinstance(values, list):
+            raise CheckpointFormatError(f"{path} holds a {type(values).__name__}, not a list of values.")
+        return values
 
     def index(self, blob: int) -> Index:
         """The index of a blob, checked."""
@@ -140,7 +159,7 @@ class StoredCheckpoint:
             CheckpointCorruptError: at the first that differs.
         """
         self.tree  # noqa: B018  # reading it is verifying it
-        for stored in self.head.maps:
+        for stored in (*self.head.maps, *self.head.rank_trees()):
             self._stored(stored)
         for number, blob in enumerate(self.head.blobs):
             index = self.index(number)

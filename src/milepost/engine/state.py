@@ -14,7 +14,7 @@ import torch
 from milepost.engine import value_classes, value_forms
 from milepost.engine.requests import Leaf
 from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
-from milepost.format.codec import MAX_DEPTH, Tagged, TensorRef
+from milepost.format.codec import MAX_DEPTH, PartsRef, RanksRef, Tagged, TensorRef
 from milepost.format.manifest import Index
 
 DTYPES: dict[torch.dtype, str] = {
@@ -136,6 +136,8 @@ def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bo
     """
     if isinstance(tree, TensorRef):
         return tensor(tree)
+    if isinstance(tree, (PartsRef, RanksRef)):
+        raise CheckpointFormatError(f"The tree holds {tree}, which only several ranks store.")
     kind = type(tree)
     if kind in (dict, OrderedDict):
         return kind((k, rebuild(v, tensor, unpickle)) for k, v in tree.items())

@@ -28,6 +28,24 @@ class TensorRef(NamedTuple):
     row: int
 
 
+class PartsRef(NamedTuple):
+    """A leaf: a tensor that is cut into parts. Their rows say which box of it each one is."""
+
+    blobs: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def refs(self) -> list[TensorRef]:
+        """Where each part is."""
+        return list(map(TensorRef, self.blobs, self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class RanksRef:
+    """A leaf: a value that is each rank's own, number `number` in the list that the rank's tree is."""
+
+    number: int
+
+
 @dataclass(frozen=True, slots=True)
 class Tagged:
     """A value of a type of its own, as plain data that the engine turns back."""
@@ -76,6 +94,10 @@ def _to_json(value: Any) -> Any:
         return {"$": "ordered", "v": [[_to_json(k), _to_json(v)] for k, v in value.items()]}
     if kind is TensorRef:
         return {"$": "tensor", "v": [value.blob, value.row]}
+    if kind is PartsRef:
+        return {"$": "parts", "v": [list(value.blobs), _rows(value)]}
+    if kind is RanksRef:
+        return {"$": "ranks", "v": value.number}
     if kind is tuple:
         return {"$": "tuple", "v": [_to_json(v) for v in value]}
     if kind is bytes:
@@ -86,26 +108,58 @@ def _to_json(value: Any) -> Any:
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return type(item[1]) is TensorRef and type(item[0]) is str
+    return type(item[1]) in (TensorRef, PartsRef) and type(item[0]) is str
 
 
-def _columns(tensors: dict[str, TensorRef]) -> Any:
+def _columns(tensors: dict[str, TensorRef | PartsRef]) -> Any:
     """A dict of tensors, as state dicts are, by columns: a node for each would cost more than the tensors' bytes."""
-    refs = tensors.values()
-    blobs = [ref.blob for ref in refs]
-    shared = blobs[0] if len(set(blobs)) == 1 else blobs
     kind = "dict" if type(tensors) is dict else "ordered"
-    return {"$": "tensors", "v": [kind, list(tensors), shared, [ref.row for ref in refs]]}
+    if any(type(ref) is PartsRef for ref in tensors.values()):
+        return {"$": "parted", "v": [kind, list(tensors), *_parted_columns(list(tensors.values()))]}
+    blobs = [ref[0] for ref in tensors.values()]
+    shared = blobs[0] if len(set(blobs)) == 1 else blobs
+    return {"$": "tensors", "v": [kind, list(tensors), shared, [ref[1] for ref in tensors.values()]]}
+
+
+def _parted_columns(refs: list[TensorRef | PartsRef]) -> list[Any]:
+    """The sets of blobs that tensors are in, each once; by tensor the number of its set; by tensor its rows.
+
+    Most tensors of a state are cut over the same ranks, and stand in the same row of each one's blob.
+    """
+    sets: dict[Any, int] = {}
+    numbers = [sets.setdefault(ref[0], len(sets)) for ref in refs]
+    listed = [list(blobs) if isinstance(blobs, tuple) else blobs for blobs in sets]
+    return [listed, numbers, [_rows(ref) if isinstance(ref, PartsRef) else ref.row for ref in refs]]
+
+
+def _rows(ref: PartsRef) -> int | list[int]:
+    """One number where it is the same row in each blob."""
+    return ref.rows[0] if len(set(ref.rows)) == 1 else list(ref.rows)
 
 
 def _from_columns(data: Any) -> dict[str, TensorRef]:
     kind, names, blobs, rows = data
     blobs = blobs if isinstance(blobs, list) else [blobs] * len(names)
-    if any(type(name) is not str for name in names) or len(set(names)) != len(names):
-        raise ValueError("names that are no text, or one twice")
     if any(type(number) is not int or number < 0 for number in (*blobs, *rows)):
         raise ValueError("numbers of tensors that are none")
-    return {"dict": dict, "ordered": OrderedDict}[kind](zip(names, map(TensorRef, blobs, rows), strict=True))
+    return _named(kind, names, list(map(TensorRef, blobs, rows)))
+
+
+def _from_parted(data: Any) -> dict[str, TensorRef | PartsRef]:
+    kind, names, sets, numbers, rows = data
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("numbers of sets that are none")
+    refs: list[TensorRef | PartsRef] = []
+    for number, row in zip(numbers, rows, strict=True):
+        blobs = sets[number]
+        refs.append(_parts_reference([blobs, row]) if isinstance(blobs, list) else _reference([blobs, row]))
+    return _named(kind, names, refs)
+
+
+def _named(kind: Any, names: Any, refs: list[Any]) -> dict[str, Any]:
+    if any(type(name) is not str for name in names) or len(set(names)) != len(names):
+        raise ValueError("names that are no text, or one twice")
+    return {"dict": dict, "ordered": OrderedDict}[kind](zip(names, refs, strict=True))
 
 
 def _from_json(value: Any, path: str, depth: int) -> Any:
@@ -134,6 +188,12 @@ def _from_json(value: Any, path: str, depth: int) -> Any:
         return _reference(inner)
     if tag == "tensors":
         return _from_columns(inner)
+    if tag == "parts":
+        return _parts_reference(inner)
+    if tag == "parted":
+        return _from_parted(inner)
+    if tag == "ranks":
+        return RanksRef(_number(inner))
     if tag == "value":
         return Tagged(_from_json(inner, path, depth + 1))
     raise CheckpointFormatError(f"{path} holds the unknown tag {tag!r}.")
@@ -149,11 +209,26 @@ def _from_pairs(pairs: Any, path: str, depth: int) -> dict[Any, Any]:
     return made
 
 
+def _number(data: Any) -> int:
+    if type(data) is not int or data < 0:
+        raise ValueError(f"{data!r} instead of a number")
+    return data
+
+
 def _reference(data: Any) -> TensorRef:
     blob, row = data
-    if type(blob) is not int or type(row) is not int or blob < 0 or row < 0:
-        raise ValueError(f"tensor reference {data!r}")
-    return TensorRef(blob, row)
+    return TensorRef(_number(blob), _number(row))
+
+
+def _parts_reference(data: Any) -> PartsRef:
+    blobs, rows = data
+    if not isinstance(blobs, list) or not blobs:
+        raise ValueError("a tensor of no parts")
+    rows = rows if isinstance(rows, list) else [rows] * len(blobs)
+    pairs = [(_number(blob), _number(row)) for blob, row in zip(blobs, rows, strict=True)]
+    if len(set(pairs)) != len(pairs):
+        raise ValueError("a part that stands twice")
+    return PartsRef(*(tuple(column) for column in zip(*pairs, strict=True)))
 
 
 def _no_constant(name: str) -> Any:

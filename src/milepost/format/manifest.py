@@ -16,6 +16,7 @@ import msgspec
 import xxhash
 
 from milepost.errors import CheckpointCorruptError, CheckpointFormatError
+from milepost.format.boxes import Box, lies_within, part_name
 from milepost.format.layout import ITEM_BYTES, TensorEntry, piece_count
 
 FORMAT = "milepost-checkpoint"
@@ -23,6 +24,7 @@ VERSION = 1
 HEAD_NAME = "manifest.json"
 HEAD_MAX_BYTES = 8192
 TREE_NAME = "tree.json"
+LISTING_NAME = "blobs.json"
 _LATEST_SECONDS = 253_402_300_800.0  # the year 9999
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_BYTES = 1 << 62
@@ -46,6 +48,7 @@ class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         group: what it was planned for (a key of the saved state); blobs of one group are kept apart by rate of change.
         saves: commits that have linked it since it was written (0: written by this one).
         verified: commits since its bytes were last read and verified.
+        rank: that wrote it, where more than one rank saved.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: str
     saves: int = 0
     verified: int = 0
+    rank: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,6 +68,8 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         metrics: name to number; JSON has no NaN and no infinity, those stand as text.
         world_size: ranks of the run that saved.
         maps: ``<group>.safetensors.index.json`` of each group that lies in two blobs, for other tools.
+        trees: by rank, the values that are each rank's own; none where the state has no such values.
+        listing: the file in which `blobs`, `maps` and `trees` stand, where they are too many for the head.
     """
 
     format: str
@@ -75,14 +81,34 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blobs: list[Blob]
     tree: Stored
     maps: list[Stored] = []
+    trees: list[Stored] | msgspec.UnsetType = msgspec.UNSET
+    listing: Stored | msgspec.UnsetType = msgspec.UNSET
+
+    def rank_trees(self) -> list[Stored]:
+        """By rank; empty where no value is a rank's own."""
+        return [] if self.trees is msgspec.UNSET else self.trees
+
+    def small_files(self) -> list[Stored]:
+        """The files of one digest, indexes apart."""
+        listing = [] if self.listing is msgspec.UNSET else [self.listing]
+        return [self.tree, *self.maps, *self.rank_trees(), *listing]
 
     def files(self) -> list[str]:
         """Names of all the files that the checkpoint consists of, the head last."""
         names = [name for blob in self.blobs for name in (blob.name, blob.index.name)]
-        return [*names, *(found.name for found in self.maps), self.tree.name, HEAD_NAME]
+        return [*names, *(found.name for found in self.small_files()), HEAD_NAME]
 
 
-class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Listing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``blobs.json``: what the head says of blobs, maps and trees where it has no room for that."""
+
+    version: int
+    blobs: list[Blob]
+    maps: list[Stored]
+    trees: list[Stored]
+
+
+class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What lies where in one blob, in columns: a million tensors then cost little more than their names.
 
     Attributes:
@@ -91,6 +117,8 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         strides: by row, where the tensor's memory was dense but not in C order (channels last).
         stored_as: by row, where torch's type is none of safetensors': the type's own name and the tensor's shape.
         digests: 32 hexadecimal digits for each piece, one after the other.
+        boxes: by row, where it is a part of a larger tensor: that one's name and shape, and where the part begins in
+            it. Left out of the file where there are none.
     """
 
     version: int
@@ -102,6 +130,7 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strides: dict[str, list[int]]
     stored_as: dict[str, tuple[str, list[int]]]
     digests: str
+    boxes: dict[str, tuple[str, list[int], list[int]]] = {}
 
     def entry(self, row: int) -> TensorEntry:
         shape, start = tuple(self.shapes[row]), self.starts[row]
@@ -114,6 +143,16 @@ class Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def digest(self, piece: int) -> str:
         return self.digests[32 * piece : 32 * piece + 32]
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """The tensor's own, also where its bytes are stored as another type."""
+        other = self.stored_as.get(str(row)) if self.stored_as else None
+        return tuple(self.shapes[row] if other is None else other[1])
+
+    def box(self, row: int) -> Box | None:
+        """Which part of a larger tensor the row is; None for a whole one."""
+        found = self.boxes.get(str(row)) if self.boxes else None
+        return None if found is None else Box(tuple(found[2]), self.shape(row))
 
 
 def digest(data: Any) -> str:
@@ -135,6 +174,15 @@ def encode_head(head: Head) -> bytes:
             " shorter names to the parts of the state."
         )
     return data
+
+
+def encode_listing(head: Head) -> tuple[Head, bytes | None]:
+    """The head as it is stored, and the bytes of ``blobs.json`` where it needs one to fit into `HEAD_MAX_BYTES`."""
+    if head.world_size < 2 or len(msgspec.json.encode(head)) + _DIGEST_TAIL_BYTES <= HEAD_MAX_BYTES:
+        return head, None
+    data = msgspec.json.encode(Listing(VERSION, head.blobs, head.maps, head.rank_trees()))
+    stored = Stored(LISTING_NAME, len(data), digest(data))
+    return msgspec.structs.replace(head, blobs=[], maps=[], trees=msgspec.UNSET, listing=stored), data
 
 
 def decode_head(data: bytes, path: str) -> Head:
@@ -162,25 +210,52 @@ def decode_head(data: bytes, path: str) -> Head:
             f" version {VERSION}. Read it with a newer Milepost."
         )
     head: Head = _decode(body + b"}", Head, path)
+    if head.listing is not msgspec.UNSET and (head.blobs or head.maps or head.trees is not msgspec.UNSET):
+        raise CheckpointFormatError(f"{path} lists files itself and in {head.listing.name!r}.")
+    _check_head(head, path)
+    return head
+
+
+def decode_listing(data: bytes, head: Head, path: str) -> Head:
+    """The head with what ``blobs.json`` lists.
+
+    Raises:
+        CheckpointCorruptError: the listing's digest does not hold.
+        CheckpointFormatError: it is malformed, or contradicts itself or the head.
+    """
+    assert head.listing is not msgspec.UNSET
+    check_stored(data, head.listing, path)
+    found: Listing = _decode(data, Listing, path)
+    if found.version > VERSION:
+        raise CheckpointFormatError(f"{path} is of version {found.version}. Read it with a newer Milepost.")
+    whole = msgspec.structs.replace(
+        head, blobs=found.blobs, maps=found.maps, trees=found.trees if found.trees else msgspec.UNSET
+    )
+    _check_head(whole, path)
+    return whole
+
+
+def _check_head(head: Head, path: str) -> None:
     _check_numbers(head, path)
-    names = [HEAD_NAME, head.tree.name, *(found.name for found in head.maps)]
-    for blob in head.blobs:
-        names += [blob.name, blob.index.name]
+    names = head.files()
     for name in names:
         if not _plain_name(name):
             raise CheckpointFormatError(f"{path} names the file {name!r}, which is not a plain name in its directory.")
     if len(set(names)) != len(names):
-        raise CheckpointFormatError(
-            f"{path} names a file twice: {sorted(n for n in names if names.count(n) > 1)[0]!r}."
-        )
-    return head
+        twice = min(name for name, count in Counter(names).items() if count > 1)
+        raise CheckpointFormatError(f"{path} names a file twice: {twice!r}.")
+    if len(head.rank_trees()) not in (0, head.world_size):
+        raise CheckpointFormatError(f"{path} has {len(head.rank_trees())} trees of {head.world_size} ranks.")
 
 
 def _check_numbers(head: Head, path: str) -> None:
-    sizes = [head.tree.bytes, *(b.bytes for b in head.blobs), *(b.index.bytes for b in head.blobs)]
+    sizes = [*(found.bytes for found in head.small_files()), *(b.bytes for b in head.blobs)]
     counts = [head.step, head.world_size, *(b.saves for b in head.blobs), *(b.verified for b in head.blobs)]
-    if min([*sizes, *counts, *(found.bytes for found in head.maps)]) < 0:
+    ranks = [blob.rank for blob in head.blobs if blob.rank is not msgspec.UNSET]
+    if min([*sizes, *counts, *ranks, *(b.index.bytes for b in head.blobs)]) < 0:
         raise CheckpointFormatError(f"{path} holds a negative size, step or count.")
+    if max(ranks, default=0) >= max(head.world_size, 1):
+        raise CheckpointFormatError(f"{path} holds a blob of rank {max(ranks)} of {head.world_size}.")
     if not 0 <= head.time < _LATEST_SECONDS:
         raise CheckpointFormatError(f"{path} was saved at {head.time} seconds, which is no time of this calendar.")
     if texts := [v for v in head.metrics.values() if isinstance(v, str) and v not in ("nan", "inf", "-inf")]:
@@ -235,6 +310,13 @@ def decode_index(data: bytes, stored: Stored, blob: Blob, path: str) -> Index:
             raise CheckpointFormatError(
                 f"{path}: tensor {index.names[row]!r} is stored as {kind!r} with the shape {shape}."
             )
+    for row_text, (name, shape, _) in index.boxes.items():
+        row = _row(index, row_text, path)
+        box = index.box(row)
+        assert box is not None
+        within = sound_shape(shape) and lies_within(box, shape) and (box.volume > 0 or math.prod(shape) == 0)
+        if not within or row_text in index.strides or index.names[row] != part_name(name, box):
+            raise CheckpointFormatError(f"{path}: {index.names[row]!r} is no part of a tensor of shape {shape}.")
     return index
 
 
