@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": FOUNDATION | {"engine", "storage", "format"},  # the one bridge to the engine half
     "strategies": FOUNDATION | {"plugins", "precision", "accelerators", "core"},
     "trainer": FOUNDATION | TRAINING_PARTS | {"utilities"},
+    "integrations": FOUNDATION | {"engine", "storage", "format", "plugins"},
 }
 FORBIDDEN: dict[str, set[str]] = {
     part: {"storage", "format", "engine", "trainer", "cli", "integrations"}

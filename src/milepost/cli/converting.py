@@ -50,6 +50,10 @@ def _read(source: Path, unpickle: bool) -> dict[str, Any]:
         from milepost.plugins.io.safetensors_io import SafetensorsCheckpointIO
 
         return SafetensorsCheckpointIO().load_checkpoint(source, weights_only=False if unpickle else None)
+    if form == "dcp":
+        from milepost.integrations.dcp import load_distcp
+
+        return load_distcp(source, unpickle=unpickle)
     from milepost.plugins.io.torch_io import TorchCheckpointIO
 
     return TorchCheckpointIO().load_checkpoint(source, weights_only=False if unpickle else None)

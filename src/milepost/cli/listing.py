@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _row(path: Path) -> Row:
         "size_bytes": size_of(path), "metrics": {}, "error": None,
     }  # fmt: skip
     try:
-        row |= _directory(path) if row["form"] == "directory" else _torch_file(path) if row["form"] == "ckpt" else {}
+        row |= _READ.get(str(row["form"]), _nothing)(path)
     except (CheckpointError, OSError) as error:
         row["error"] = str(error)
     return row
@@ -58,6 +59,20 @@ def _torch_file(path: Path) -> Row:
         name: found if isinstance(found := top.get(key), int) else None
         for name, key in (("step", "global_step"), ("epoch", "epoch"))
     }
+
+
+def _distcp(path: Path) -> Row:
+    """What Lightning keeps beside a sharded checkpoint; DCP itself says nothing without a look at its values."""
+    from milepost.format.distcp import LIGHTNING_NAME
+
+    return _torch_file(path / LIGHTNING_NAME) if (path / LIGHTNING_NAME).is_file() else {}
+
+
+def _nothing(path: Path) -> Row:
+    return {}
+
+
+_READ: dict[str, Callable[[Path], Row]] = {"directory": _directory, "ckpt": _torch_file, "dcp": _distcp}
 
 
 def _recorded(directory: Path) -> dict[str, tuple[dict[str, float], int | None]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
+from milepost.format.distcp import LIGHTNING_NAME, is_distcp
 from milepost.format.layout import ITEM_BYTES
 from milepost.format.manifest import HEAD_NAME
 
@@ -35,7 +36,7 @@ class Opened:
     """A checkpoint.
 
     Attributes:
-        form: ``directory``, ``ckpt`` or ``safetensors``.
+        form: ``directory``, ``ckpt``, ``safetensors``, or ``dcp`` for one of torch.distributed.checkpoint.
         metrics: empty where the form has none.
         tensors: by key path.
         values: what is no tensor, by key path, as text for people.
@@ -56,7 +57,7 @@ class Opened:
 def form_of(path: Path) -> str | None:
     """Which form a checkpoint at `path` has, None where it is none."""
     if path.is_dir():
-        return "directory" if (path / HEAD_NAME).is_file() else None
+        return "directory" if (path / HEAD_NAME).is_file() else "dcp" if is_distcp(path) else None
     if not path.is_file():
         return None
     if path.suffix == ".safetensors":
@@ -93,6 +94,8 @@ def open_checkpoint(path: Path) -> Opened:
         return _safetensors(path)
     if form == "ckpt":
         return _torch_file(path)
+    if form == "dcp":
+        return _distcp(path)
     raise _is_none(path)
 
 
@@ -100,7 +103,7 @@ def _is_none(path: Path) -> CheckpointError:
     if not path.exists():
         return CheckpointNotFoundError(f"There is nothing at {path}.")
     return CheckpointFormatError(
-        f"{path} is no checkpoint: neither a directory with a {HEAD_NAME}, nor a file of torch."
+        f"{path} is no checkpoint: neither a directory with a {HEAD_NAME} or a .metadata, nor a file of torch."
     )
 
 
@@ -127,6 +130,12 @@ def verify(path: Path) -> str | None:
 
         with path.open("rb") as file:
             return None if sealed.verify(file, str(path)) else "it has no checksums"
+    if form == "dcp":
+        from milepost.format.distcp_files import DistcpFiles
+
+        with DistcpFiles(path) as files:
+            files.verify()
+        return "every checksum in it holds, but its .metadata has none"
     open_checkpoint(path)
     return "a safetensors file holds no digests"
 
@@ -136,7 +145,7 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
-# ---- the three forms -------------------------------------------------------------------------------------------------
+# ---- the forms -------------------------------------------------------------------------------------------------------
 
 
 def _directory(path: Path) -> Opened:
@@ -156,7 +165,9 @@ def _directory(path: Path) -> Opened:
             raise CheckpointFormatError(f"{path}: the tree refers to {value}, which is not there.")
         index = indexes[value.blob]
         entry, other = index.entry(value.row), index.stored_as.get(str(value.row))
-        dtype, shape = (entry.dtype, entry.shape) if other is None else (other[0], tuple(other[1]))
+        dtype, shape = (
+            (entry.dtype, entry.shape) if other is None else (other[0].removeprefix("torch."), tuple(other[1]))
+        )
         blob = path / head.blobs[value.blob].name
         tensors[name] = Tensor(dtype, shape, entry.size, _range_reader(blob, entry.start, entry.stop))
     epoch = tree.get("epoch") if isinstance(tree, dict) else None
@@ -183,6 +194,33 @@ def _torch_file(path: Path) -> Opened:
     step, epoch = (n if isinstance(n, int) else None for n in (top.get("global_step"), top.get("epoch")))
     stat = path.stat()
     return Opened(str(path), "ckpt", step, epoch, stat.st_mtime, stat.st_size, {}, tensors, values)
+
+
+def _distcp(path: Path) -> Opened:
+    from milepost.format import torch_zip
+    from milepost.format.distcp_files import DistcpFiles, item_bytes, type_name
+
+    def reader(key: str) -> Callable[[], bytes]:
+        def read() -> bytes:
+            with DistcpFiles(path) as files:
+                return files.tensor(key).tobytes()
+
+        return read
+
+    with DistcpFiles(path) as files:
+        described = files.metadata.tensors.items()
+        values = {key: torch_zip.contents(files.value(key)) for key in files.metadata.values}
+    tensors = {
+        key: Tensor(type_name(t.dtype), t.shape, item_bytes(t.dtype) * math.prod(t.shape), reader(key))
+        for key, t in described
+    }
+    rest = _torch_file(path / LIGHTNING_NAME) if (path / LIGHTNING_NAME).is_file() else None
+    texts = {key: _text(value) for key, value in values.items()} | (rest.values if rest else {})
+    step, epoch = (n if isinstance(n, int) else None for n in (values.get("global_step"), values.get("epoch")))
+    return Opened(
+        str(path), "dcp", rest.step if rest else step, rest.epoch if rest else epoch, path.stat().st_mtime,
+        size_of(path), {}, tensors | (rest.tensors if rest else {}), texts,
+    )  # fmt: skip
 
 
 def _safetensors(path: Path) -> Opened:

@@ -119,7 +119,7 @@ def _tree(archive: zipfile.ZipFile) -> Any:
     return _InertUnpickler(io.BytesIO(archive.read(name))).load()
 
 
-def contents(file: IO[bytes]) -> Any:
+def contents(file: IO[bytes] | io.RawIOBase) -> Any:
     """The nested content of a torch file, tensors as `StoredTensor`. Other types stand as the text ``<their name>``.
 
     Raises:
@@ -158,7 +158,7 @@ def _tensor(value: Any, prefix: str) -> StoredTensor | None:
     return StoredTensor(dtype, tuple(shape), tuple(stride), int(offset), f"{prefix}data/{storage.key}")
 
 
-def refused_value(file: IO[bytes]) -> tuple[str, str] | None:
+def refused_value(file: IO[bytes] | io.RawIOBase) -> tuple[str, str] | None:
     """Key path and type of the first value in a torch file that is not plain data, found without running its code."""
     try:
         with zipfile.ZipFile(file) as archive:

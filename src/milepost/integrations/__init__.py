@@ -1,0 +1,1 @@
+"""Milepost's storage for those who call other libraries."""
