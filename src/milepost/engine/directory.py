@@ -287,10 +287,9 @@ class DirectoryEngine:
                 if (listed := index.strides.get(str(ref.row))) is not None:
                     restride.append((ref, tuple(listed)))
             found[ref] = tensor
-            per_blob.setdefault(ref.blob, []).append(Destination(entry, tensor.data_ptr()))
-        workers = self._started()
-        for blob, destinations in per_blob.items():
-            stored.read(blob, destinations, workers)
+            to = Destination(entry.start, entry.stop, tensor.data_ptr(), entry.size)
+            per_blob.setdefault(ref.blob, []).append(to)
+        stored.read(per_blob, self._started())
         for ref, stride in restride:
             found[ref] = torch.empty_strided(found[ref].shape, stride, dtype=found[ref].dtype).copy_(found[ref])
         return found

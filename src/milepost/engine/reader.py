@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import msgspec
 
+from milepost.engine.blob_file import BlobFile, BlobReading, open_in
 from milepost.engine.commit import REPLACED, Identity, identity
+from milepost.engine.copying import copy_in
 from milepost.engine.requests import CHUNK_BYTES, Destination
 from milepost.engine.writer import Workers, piece_digests
 from milepost.errors import (
@@ -23,13 +25,16 @@ from milepost.errors import (
     CheckpointNotFoundError,
 )
 from milepost.format import codec, manifest
-from milepost.format.layout import PIECE_BYTES, TensorEntry, pieces_of
+from milepost.format.layout import PIECE_BYTES, pieces_of
 from milepost.format.manifest import Blob, Head, Index, Stored
-from milepost.storage.store import ALIGN_BYTES
+from milepost.format.regions import touched
 
 READ_ATTEMPTS = 20
 """How often a checkpoint that is replaced while it is read is read anew. Only savers that do nothing else need many."""
-_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+
+_Run = tuple[int, int, list[Destination]]
+"""First byte, behind the last one, and what takes a part of these bytes."""
+_START = itemgetter(0)
 
 
 class StoredCheckpoint:
@@ -44,6 +49,7 @@ class StoredCheckpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.bytes_read = 0
+        self.ranges_read: list[tuple[int, int, int]] = []  # of blobs: number, first byte, behind the last one
         for left in reversed(range(READ_ATTEMPTS)):
             self._directory = _open_directory(self.path)
             try:
@@ -118,39 +124,44 @@ class StoredCheckpoint:
             if blob >= len(self.head.blobs):
                 raise CheckpointFormatError(f"{self.path}: the tree refers to blob {blob} of {len(self.head.blobs)}.")
             described = self.head.blobs[blob]
-            _BlobFile(self._directory, described, self._in(described.name)).close()  # before memory for it is asked for
+            BlobFile(self._directory, described, self._in(described.name)).close()  # before memory for it is asked for
             data = self._stored(described.index)
             self._indexes[blob] = manifest.decode_index(
                 data, described.index, described, self._in(described.index.name)
             )
         return self._indexes[blob]
 
-    def read(self, blob: int, wanted: Sequence[Destination], workers: Workers) -> None:
-        """Read tensors of one blob into memory. Each piece is read once, verified, then copied.
+    def read(self, wanted: Mapping[int, Sequence[Destination]], workers: Workers) -> None:
+        """Read from blobs, by their number, into memory. Each piece is read once, verified, then copied.
 
         Raises:
             CheckpointCorruptError: names the first tensor that a damaged piece holds, and the range of bytes. What
                 other pieces held may have been copied already.
         """
-        index, described = self.index(blob), self.head.blobs[blob]
-        wanted = sorted((w for w in wanted if w.entry.size), key=lambda w: w.entry.start)
-        runs = _runs(wanted, index.bytes)
-        with _BlobFile(self._directory, described, self._in(described.name)) as file:
-            errors: list[BaseException] = []
+        tasks: list[tuple[BlobReading, _Run]] = []
+        for number, destinations in wanted.items():
+            index, blob = self.index(number), self.head.blobs[number]
+            runs = _runs(sorted((d for d in destinations if d.run), key=_START), index.bytes)
+            reading = BlobReading(number, index, blob, len(runs))
+            tasks += [(reading, run) for run in runs]
+        errors: list[BaseException] = []
 
-            def work(run: tuple[int, int, list[Destination]]) -> None:
+        def work(task: tuple[BlobReading, _Run]) -> None:
+            reading, run = task
+            try:
                 if not errors:
-                    try:
-                        self._read_run(file, index, described, run, workers.buffer())
-                    except BaseException as error:
-                        errors.append(error)
+                    self._read_run(reading, run, workers.buffer())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                reading.done()
 
-            if len(runs) == 1:
-                work(runs[0])
-            else:
-                list(workers.pool.map(work, runs))
-            if errors:
-                raise errors[0]
+        if len(tasks) == 1:
+            work(tasks[0])
+        else:
+            list(workers.pool.map(work, tasks))
+        if errors:
+            raise errors[0]
 
     def verify(self, workers: Workers) -> None:
         """Read every byte that belongs to the checkpoint and compare it with its digest.
@@ -163,45 +174,44 @@ class StoredCheckpoint:
             self._stored(stored)
         for number, blob in enumerate(self.head.blobs):
             index = self.index(number)
-            with _BlobFile(self._directory, blob, self._in(blob.name)) as file:
+            reading = BlobReading(number, index, blob, 1)
+            with BlobFile(self._directory, blob, self._in(blob.name)) as file:
 
-                def check(start: int, file: _BlobFile = file, index: Index = index, blob: Blob = blob) -> None:
-                    self._pieces(file, index, blob, start, min(start + CHUNK_BYTES, blob.bytes), workers.buffer())
+                def check(start: int, file: BlobFile = file, reading: BlobReading = reading) -> None:
+                    self._pieces(file, reading, start, min(start + CHUNK_BYTES, reading.blob.bytes), workers.buffer())
 
                 list(workers.pool.map(check, range(0, blob.bytes, CHUNK_BYTES)))
 
     # ---- pieces ----------------------------------------------------------------------------------------------------
 
-    def _read_run(
-        self, file: _BlobFile, index: Index, blob: Blob, run: tuple[int, int, list[Destination]], buffer: memoryview
-    ) -> None:
+    def _read_run(self, reading: BlobReading, run: _Run, buffer: memoryview) -> None:
         start, stop, wanted = run
+        file = reading.file(self._directory, self._in(reading.blob.name))
         # a warm file is read piece by piece: each is still in the processor's cache when it is digested and copied
         step = PIECE_BYTES if file.warm(start, buffer) else CHUNK_BYTES
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         first = 0
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
-            self._pieces(file, index, blob, begin, end, buffer)
-            while first < len(wanted) and wanted[first].entry.stop <= begin:
+            self._pieces(file, reading, begin, end, buffer)
+            while first < len(wanted) and wanted[first].stop <= begin:
                 first += 1
             for destination in wanted[first:]:
-                entry = destination.entry
-                if entry.start >= end:
+                if destination.start >= end:
                     break
-                low, high = max(begin, entry.start), min(end, entry.stop)
-                ctypes.memmove(destination.address + low - entry.start, address + low - begin, high - low)
+                copy_in(destination, begin, end, address)
 
-    def _pieces(self, file: _BlobFile, index: Index, blob: Blob, start: int, stop: int, buffer: memoryview) -> None:
+    def _pieces(self, file: BlobFile, reading: BlobReading, start: int, stop: int, buffer: memoryview) -> None:
         """Read and verify whole pieces into `buffer`."""
         count = file.read(start, stop, buffer)
         with self._lock:
             self.bytes_read += count
+            self.ranges_read.append((reading.number, start, stop))
         found = piece_digests(buffer[:count])
         first = start // PIECE_BYTES
-        expected = index.digests[32 * first : 32 * (first + -(-(stop - start) // PIECE_BYTES))]
+        expected = reading.index.digests[32 * first : 32 * (first + -(-(stop - start) // PIECE_BYTES))]
         if found != expected or count != stop - start:
-            raise self._corrupt(index, blob, first, found, expected)
+            raise self._corrupt(reading.index, reading.blob, first, found, expected)
 
     def _corrupt(self, index: Index, blob: Blob, first: int, found: str, expected: str) -> CheckpointCorruptError:
         pairs = range(0, len(expected), 32)
@@ -244,79 +254,12 @@ class StoredCheckpoint:
 
     def _whole(self, name: str, limit: int) -> bytes:
         """A small file, through the directory held open, never through a link; at most a byte more than `limit`."""
-        descriptor = _open_in(self._directory, name, self._in(name))
+        descriptor = open_in(self._directory, name, self._in(name))
         with os.fdopen(descriptor, "rb") as file:
             size = os.fstat(descriptor).st_size
             data = file.read(min(limit, size) + 1)
         self.bytes_read += len(data)
         return data
-
-
-class _BlobFile:
-    """One blob, read past the page cache unless it is in there already."""
-
-    def __init__(self, directory: int, blob: Blob, path: str) -> None:
-        self.size = blob.bytes
-        try:
-            self._cached = _open_in(directory, blob.name, path)
-        except FileNotFoundError:
-            raise CheckpointCorruptError(f"{path} is missing. Resume from an older checkpoint.", path=path) from None
-        self._direct = -1
-        actual = os.fstat(self._cached).st_size
-        if actual != blob.bytes:
-            os.close(self._cached)
-            raise CheckpointCorruptError(
-                f"{path} has {actual} bytes, {blob.bytes} were written. Resume from an older checkpoint.",
-                path=path,
-                byte_range=(min(actual, blob.bytes), max(actual, blob.bytes)),
-            )
-        with suppress(OSError, AttributeError):
-            self._direct = os.open(f"/proc/self/fd/{self._cached}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-
-    def __enter__(self) -> _BlobFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        os.close(self._cached)
-        if self._direct >= 0:
-            os.close(self._direct)
-
-    def warm(self, start: int, buffer: memoryview) -> bool:
-        """Whether the bytes at `start` are in the page cache."""
-        if not _NOWAIT or self._direct < 0:
-            return self._direct < 0
-        try:
-            return os.preadv(self._cached, [buffer[:ALIGN_BYTES]], start, _NOWAIT) > 0
-        except OSError:
-            return False
-
-    def read(self, start: int, stop: int, buffer: memoryview) -> int:
-        """Read a range into `buffer`; returns how many bytes of it there were."""
-        done = 0
-        if self._direct >= 0 and not self._all_cached(start, stop, buffer):
-            room = -(-(stop - start) // ALIGN_BYTES) * ALIGN_BYTES
-            with suppress(OSError):  # a file system that takes the flag and then refuses: read below
-                done = min(os.preadv(self._direct, [buffer[:room]], start), stop - start)
-        elif self._direct >= 0:
-            return stop - start
-        while done < stop - start:
-            count = os.preadv(self._cached, [buffer[done : stop - start]], start + done)
-            if count == 0:
-                break
-            done += count
-        return done
-
-    def _all_cached(self, start: int, stop: int, buffer: memoryview) -> bool:
-        """Read the range if all of it is in the page cache, without waiting for the disk."""
-        if not _NOWAIT:
-            return False
-        try:
-            return os.preadv(self._cached, [buffer[: stop - start]], start, _NOWAIT) == stop - start
-        except OSError:
-            return False
 
 
 def _open_directory(path: str) -> int:
@@ -341,23 +284,10 @@ def _key_path(blob: Blob, name: str) -> str:
     return name if blob.group in ("", "rest.") else f"{blob.group}.{name}"
 
 
-def _open_in(directory: int, name: str, path: str) -> int:
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CheckpointCorruptError(f"{path} cannot be read: {error}.", path=path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointCorruptError(f"{path} is no regular file.", path=path)
-    return descriptor
-
-
-def _runs(wanted: Sequence[Destination], size: int) -> list[tuple[int, int, list[Destination]]]:
-    """Runs of consecutive pieces, at most a chunk long, with the tensors that each run holds a part of."""
-    pieces = sorted({n for w in _merged(w.entry for w in wanted) for n in pieces_of(*w)})
-    runs: list[tuple[int, int, list[Destination]]] = []
+def _runs(wanted: Sequence[Destination], size: int) -> list[_Run]:
+    """Runs of consecutive pieces, at most a chunk long, with the destinations that each run may hold a part of."""
+    pieces = sorted({n for span in _merged(wanted) for n in pieces_of(*span)})
+    runs: list[_Run] = []
     spans: list[list[int]] = []
     for number in pieces:
         if spans and spans[-1][1] == number and (number - spans[-1][0]) * PIECE_BYTES < CHUNK_BYTES:
@@ -367,22 +297,25 @@ def _runs(wanted: Sequence[Destination], size: int) -> list[tuple[int, int, list
     first = 0
     for low, high in spans:
         start, stop = low * PIECE_BYTES, min(high * PIECE_BYTES, size)
-        while first < len(wanted) and wanted[first].entry.stop <= start:
+        while first < len(wanted) and wanted[first].stop <= start:
             first += 1
         inside = []
         for destination in wanted[first:]:
-            if destination.entry.start >= stop:
+            if destination.start >= stop:
                 break
             inside.append(destination)
         runs.append((start, stop, inside))
     return runs
 
 
-def _merged(entries: Iterable[TensorEntry]) -> list[tuple[int, int]]:
+def _merged(wanted: Iterable[Destination]) -> list[tuple[int, int]]:
+    """The ranges of bytes that are wanted, those that meet as one."""
     spans: list[tuple[int, int]] = []
-    for entry in entries:
-        if spans and entry.start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(entry.stop, spans[-1][1]))
-        else:
-            spans.append((entry.start, entry.stop))
+    for destination in wanted:
+        start, stop, _, run, steps = destination
+        for low, high in touched(start, run, steps) if steps else ((start, stop),):
+            if spans and spans[-1][0] <= low <= spans[-1][1]:
+                spans[-1] = (spans[-1][0], max(high, spans[-1][1]))
+            else:
+                spans.append((low, high))
     return spans

@@ -1,15 +1,17 @@
 """The narrow waist of the engine: the small types that planner, staging, writer and reader hand to each other.
 
 Read this first. A state becomes `Leaf`s; leaves become `BlobPlan`s; an `Image` is a blob's bytes in memory, real or yet
-to be copied; a `Destination` is memory that a stored tensor is read into. Offsets are from the start of a blob's file.
+to be copied; a `Destination` is memory that a stored tensor, or a part of it, is read into.
+Offsets are from the start of a blob's file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from milepost.format.layout import BlobLayout, TensorEntry
+from milepost.format.layout import BlobLayout
+from milepost.format.regions import Steps
 
 if TYPE_CHECKING:  # readers of checkpoints, such as the command line, do without torch
     import torch
@@ -73,9 +75,17 @@ class Tailed(Protocol):
         """What the file ends with. Called once, when everything before is on its way to the disk."""
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Contiguous host memory that takes a stored tensor."""
+class Destination(NamedTuple):
+    """Host memory that takes a stored tensor or a part of it. (A named tuple: there may be a million of them.)
 
-    entry: TensorEntry
+    Attributes:
+        start, stop: where the first of its bytes lies in the file, and where the last one has been.
+        address: where the first one belongs.
+        run, steps: which of the bytes in between belong to it and how they lie in memory, as in `Region`.
+    """
+
+    start: int
+    stop: int
     address: int
+    run: int
+    steps: Steps = ()
