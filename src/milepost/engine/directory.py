@@ -14,7 +14,8 @@ import torch
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
 from milepost.engine.lazy import StepGate, rows_that_can_wait
-from milepost.engine.planner import Earlier, plan_groups
+from milepost.engine.plan_memory import PlanMemory
+from milepost.engine.planner import Earlier
 from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Destination, Image
 from milepost.engine.save import Committed, Saving
@@ -83,6 +84,7 @@ class DirectoryEngine:
         self._workers: Workers | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._arena = Arena()
+        self._plans = PlanMemory()
         self._gate = StepGate()
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
@@ -124,7 +126,7 @@ class DirectoryEngine:
         target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
         with collector_paused():
             flattened = Flattened(state, pickled)
-            plans = plan_groups(flattened.leaves)
+            plans = self._plans.plans(flattened)
         save = DirectorySave(target, step)
         if not background:
             self._drain()
@@ -155,7 +157,7 @@ class DirectoryEngine:
         Without it the first save gets that memory, which takes longer than the copy.
         """
         self._drain()
-        self._arena.reserve(plan_groups(Flattened(state).leaves))
+        self._arena.reserve(self._plans.plans(Flattened(state)))
         self._arena.touch()
         return self._arena.size
 

@@ -81,6 +81,6 @@ def rows_that_can_wait(plan: BlobPlan, addresses: set[int]) -> set[int]:
     """Rows of a blob whose tensors are among `addresses`."""
     return {
         row
-        for row, leaf in enumerate(plan.leaves)
-        if leaf.tensor.device.type == "cpu" and leaf.tensor.is_contiguous() and leaf.tensor.data_ptr() in addresses
+        for row, tensor in enumerate(plan.tensors)
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() in addresses
     }

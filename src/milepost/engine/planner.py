@@ -7,12 +7,13 @@ delta always holds all that differs from the base, so that a group never consist
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.engine.requests import BlobPlan, Leaf
-from milepost.format.layout import TensorEntry, lay_out, pieces_of
+from milepost.format.layout import ITEM_BYTES, TensorEntry, lay_out, pieces_of
 from milepost.format.manifest import Blob, Index
 
 MAX_LINKS = 16
@@ -63,7 +64,7 @@ def _own_files(groups: dict[str, list[Leaf]]) -> list[str]:
 
 def leaf_bytes(leaf: Leaf) -> int:
     """Bytes of a leaf."""
-    return leaf.tensor.numel() * leaf.tensor.element_size()
+    return ITEM_BYTES[leaf.dtype] * math.prod(leaf.shape)
 
 
 def plan_blob(name: str, group: str, leaves: Sequence[Leaf], metadata: Mapping[str, str] | None = None) -> BlobPlan:
@@ -71,6 +72,12 @@ def plan_blob(name: str, group: str, leaves: Sequence[Leaf], metadata: Mapping[s
     layout = lay_out([(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves], metadata)
     by_name = {leaf.name: leaf for leaf in leaves}
     return BlobPlan(name, group, layout, tuple(by_name[entry.name] for entry in layout.entries))
+
+
+def part_of_plan(plan: BlobPlan, name: str, rows: Sequence[int]) -> BlobPlan:
+    """The plan of a blob of some of the tensors of `plan`."""
+    part = plan_blob(name, plan.group, [plan.leaves[row] for row in rows])
+    return part.bound({plan.leaves[row].number: plan.tensors[row] for row in rows})
 
 
 def index_of(plan: BlobPlan, digests: str) -> Index:

@@ -1,13 +1,14 @@
 """The narrow waist of the engine: the small types that planner, staging, writer and reader hand to each other.
 
-Read this first. A state becomes `Leaf`s; leaves become `BlobPlan`s; an `Image` is a blob's bytes in memory, real or yet
-to be copied; a `Destination` is memory that a stored tensor, or a part of it, is read into.
-Offsets are from the start of a blob's file.
+Read this first. A state becomes `Leaf`s and tensors; leaves become `BlobPlan`s, which stay the same from save to save
+and take up the tensors of each; an `Image` is a blob's bytes in memory, real or yet to be copied; a `Destination` is
+memory that a stored tensor, or a part of it, is read into. Offsets are from the start of a blob's file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from milepost.format.layout import BlobLayout
@@ -22,7 +23,7 @@ CHUNK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor of a state.
+    """What is to be stored of one tensor of a state: nothing of the tensor itself, so that a plan outlives it.
 
     Attributes:
         number: of the leaf in its state.
@@ -30,7 +31,6 @@ class Leaf:
         name: its key path below the group, joined by dots; unique in the group.
         dtype: its type as the format names it.
         shape: as stored.
-        tensor: what the bytes are taken from, on any device.
         stride: where the memory is dense but not in C order, else None.
         stored_as: (torch's type, shape) where the format has no such type and the bytes are stored as U8, else None.
     """
@@ -40,19 +40,27 @@ class Leaf:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    tensor: torch.Tensor
     stride: tuple[int, ...] | None = None
     stored_as: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlobPlan:
-    """A blob to write: its layout, and for each entry of it the leaf that it comes from."""
+    """A blob to write: its layout, and for each entry of it the leaf that it comes from, and the tensor of this save.
+
+    Attributes:
+        tensors: what the bytes are taken from, on any device. Empty in a plan that is kept for the next save.
+    """
 
     name: str
     group: str
     layout: BlobLayout
     leaves: tuple[Leaf, ...]
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def bound(self, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> BlobPlan:
+        """The plan for these tensors, given by the numbers of their leaves."""
+        return replace(self, tensors=tuple([tensors[leaf.number] for leaf in self.leaves]))
 
 
 class Image(Protocol):

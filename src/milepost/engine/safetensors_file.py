@@ -31,7 +31,7 @@ def write(
         The digests of its pieces, and for each name whose tensor another name has already the name it is stored under.
     """
     flattened = Flattened({"": dict(tensors)})
-    plan = plan_blob("", "", flattened.leaves, metadata)
+    plan = plan_blob("", "", flattened.leaves, metadata).bound(flattened.tensors)
     stored = {leaf.number: leaf.name for leaf in flattened.leaves}
     refs = flattened.tree(lambda number: (0, number))[""]
     tied = {name: stored[ref.row] for name, ref in refs.items() if stored[ref.row] != name}

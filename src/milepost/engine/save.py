@@ -119,7 +119,7 @@ class Saving:
             return whole
         if not rows:  # only the padding differs: it cannot, but a link would then be wrong
             return whole
-        delta = planner.plan_blob(delta_name, plan.group, [plan.leaves[row] for row in rows])
+        delta = planner.part_of_plan(plan, delta_name, rows)
         delta_image = part_of(delta, plan, image)
         link = None
         if len(earlier) > 1 and planner.same_structure(delta, earlier[1].index):

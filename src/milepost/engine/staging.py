@@ -51,7 +51,7 @@ class Source:
             entry = self._entries[number]
             first, last = max(start, entry.start), min(stop, entry.stop)
             if first < last:
-                tensor = self.plan.leaves[number].tensor
+                tensor = self.plan.tensors[number]
                 copy_bytes(tensor, entry, first, last, address + first - start)
             number += 1
 

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,47 +31,74 @@ Rows = Callable[[int], tuple[int, int]]
 """From the number of a leaf to its blob and its row there."""
 
 
+Path = tuple[Any, str]
+"""The place of a value: the `Path` of what holds it, None at the top, and its key. A link is cheaper than a text."""
+
+
 class Flattened:
     """A state as a tree whose tensors are numbered leaves. Tied tensors are one leaf.
 
     Args:
         pickled: what becomes of a value that cannot be data. None: an error. Else called with its key path, and the
             value is pickled: it is loaded only by a caller who asks for that.
+
+    Attributes:
+        tensors: of each leaf, what its bytes are taken from.
     """
 
     def __init__(self, state: Mapping[str, Any], pickled: Callable[[str, Any], None] | None = None) -> None:
         self._pickled = pickled
-        self.leaves: list[Leaf] = []
-        self._seen: dict[Any, int] = {}
-        self._names: dict[str, set[str]] = {}
-        self._keep: list[torch.Tensor] = []  # so that no storage is freed, and its address used again, while we look
-        self._tree = {
-            key: self._walk(value, *(("", str(key)) if isinstance(value, torch.Tensor) else (str(key), "")), 0)
-            for key, value in state.items()
-        }
+        self._found: list[torch.Tensor] = []  # kept, so that no storage is freed, and its address used again
+        self._paths: list[Path] = []
+        self._tree = {key: self._walk(value, (None, str(key)), 0) for key, value in state.items()}
+        self._numbers, self._first = _tied(self._found)
+        self.tensors = [_storable(self._found[place]) for place in self._first]
+
+    @property
+    def structure(self) -> Any:
+        """All that the leaves and their plans depend on: equal for two states that differ in values and addresses."""
+        return self._paths, [(t.dtype, t.shape, t.stride()) for t in self._found], self._numbers
+
+    @cached_property
+    def leaves(self) -> list[Leaf]:
+        """The leaves in the order in which they were found. Naming them takes longer than finding them."""
+        taken: dict[str, set[str]] = {}
+        found = []
+        for number, place in enumerate(self._first):
+            group, name = _names(self._paths[place])
+            found.append(_leaf(number, self._found[place], group, _unique(name, taken.setdefault(group, set()))))
+        return found
 
     def tree(self, place: Rows) -> Any:
         """The tree as the codec takes it, with each leaf where `place` says it is stored."""
-        return _placed(self._tree, place)
+        return _placed(self._tree, lambda found: place(self._numbers[found]))
 
-    def _walk(self, value: Any, group: str, path: str, depth: int) -> Any:
-        if isinstance(value, torch.Tensor):
-            return _LeafNumber(self._leaf(value, group, path))
+    def _walk(self, value: Any, path: Path, depth: int) -> Any:
         kind = type(value)
-        if kind in (str, bool, int, float, bytes, type(None)):
+        if kind in _PLAIN:
             return value
+        if isinstance(value, torch.Tensor):
+            self._found.append(_checked(value, path))
+            self._paths.append(path)
+            return _Found(len(self._found) - 1)
         if depth >= MAX_DEPTH:
             raise UnencodableValueError(
-                f"The state is nested deeper than {MAX_DEPTH} levels at {group}.{path}.", key_path=f"{group}.{path}"
+                f"The state is nested deeper than {MAX_DEPTH} levels at {_dotted(path)}.", key_path=_dotted(path)
             )
-        prefix = f"{path}." if path else ""
         if kind in (dict, OrderedDict):
-            return kind((k, self._walk(v, group, f"{prefix}{k}", depth + 1)) for k, v in value.items())
+            return kind(
+                [
+                    (k, v if type(v) in _PLAIN else self._walk(v, (path, k if type(k) is str else str(k)), depth + 1))
+                    for k, v in value.items()
+                ]
+            )
         if kind in (list, tuple):
-            return kind(self._walk(v, group, f"{prefix}{n}", depth + 1) for n, v in enumerate(value))
+            return kind(
+                [v if type(v) in _PLAIN else self._walk(v, (path, str(n)), depth + 1) for n, v in enumerate(value)]
+            )
         encoded = _form_of(value)
         if encoded is None:
-            where = f"{group}.{path}" if path else group
+            where = _dotted(path)
             if self._pickled is not None:
                 self._pickled(where, value)
                 return Tagged({"type": "pickle", "value": pickle.dumps(value), "path": where})
@@ -79,50 +107,87 @@ class Flattened:
                 " Store plain values, tensors, paths, enums or dataclasses in its place.",
                 key_path=where,
             )
-        return Tagged(self._walk(encoded, group, path, depth + 1))
+        return Tagged(self._walk(encoded, path, depth + 1))
 
-    def _leaf(self, tensor: torch.Tensor, group: str, path: str) -> int:
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UnencodableValueError(
-                f"The tensor at {group}.{path} is {'on the meta device' if tensor.is_meta else tensor.layout}, which"
-                " cannot be stored. Give it memory, or store its dense parts.",
-                key_path=f"{group}.{path}",
-            )
-        if tensor.is_conj() or tensor.is_neg():
-            tensor = tensor.resolve_conj().resolve_neg()
-        number = len(self.leaves)
-        if address := tensor.data_ptr():  # 0: no elements
-            found = self._seen.setdefault((address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device), number)
-            if found != number:
-                return found
-        self._keep.append(tensor)
-        self.leaves.append(self._described(number, tensor, group, self._unique(group, path)))
-        return number
 
-    def _described(self, number: int, tensor: torch.Tensor, group: str, name: str) -> Leaf:
-        shape, stride = tuple(tensor.shape), None
-        if not tensor.is_contiguous() and _dense(tensor):
-            stride = tuple(tensor.stride())
-        dtype = DTYPES.get(tensor.dtype)
-        if dtype is not None:
-            return Leaf(number, group, name, dtype, shape, tensor, stride)
-        if str(tensor.dtype) not in _OTHERS:
-            raise UnencodableValueError(
-                f"The tensor at {group}.{name} has the type {tensor.dtype}, which cannot be stored.",
-                key_path=f"{group}.{name}",
-            )
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        return Leaf(number, group, name, "U8", tuple(flat.shape), flat, None, (str(tensor.dtype), shape))
+_PLAIN = frozenset((str, bool, int, float, bytes, type(None)))
 
-    def _unique(self, group: str, name: str) -> str:
-        taken = self._names.setdefault(group, set())
-        unique, number = name, 2
-        while unique in taken:  # the keys "a.b" and "a", "b" give one name
-            unique, number = f"{name}#{number}", number + 1
-        taken.add(unique)
-        return unique
+
+def _names(path: Path) -> tuple[str, str]:
+    """Group and name of a tensor. One that is itself at the top is of the group ""."""
+    keys = []
+    at: Any = path
+    while at is not None:
+        at, key = at
+        keys.append(key)
+    group = keys.pop() if len(keys) > 1 else ""
+    name = ""
+    for key in reversed(keys):
+        name = f"{name}.{key}" if name else key
+    return group, name
+
+
+def _dotted(path: Path) -> str:
+    group, name = _names(path)
+    return f"{group}.{name}" if group else name
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    unique, number = name, 2
+    while unique in taken:  # the keys "a.b" and "a", "b" give one name
+        unique, number = f"{name}#{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def _checked(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """The tensor as its memory shows it, if it can be stored."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise UnencodableValueError(
+            f"The tensor at {_dotted(path)} is {'on the meta device' if tensor.is_meta else tensor.layout}, which"
+            " cannot be stored. Give it memory, or store its dense parts.",
+            key_path=_dotted(path),
+        )
+    if tensor.dtype not in DTYPES and str(tensor.dtype) not in _OTHERS:
+        raise UnencodableValueError(
+            f"The tensor at {_dotted(path)} has the type {tensor.dtype}, which cannot be stored.",
+            key_path=_dotted(path),
+        )
+    return tensor.resolve_conj().resolve_neg() if tensor.is_neg() or tensor.is_conj() else tensor
+
+
+def _tied(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """The leaf of each tensor that was found, and where each leaf was found first."""
+    addresses = [tensor.data_ptr() for tensor in tensors]  # 0: no elements
+    if len(set(addresses)) == len(addresses):
+        return list(range(len(tensors))), list(range(len(tensors)))
+    seen: dict[Any, int] = {}
+    numbers: list[int] = []
+    first: list[int] = []
+    for place, (address, tensor) in enumerate(zip(addresses, tensors, strict=True)):
+        identity = (address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device) if address else place
+        number = seen.setdefault(identity, len(first))
+        numbers.append(number)
+        if number == len(first):
+            first.append(place)
+    return numbers, first
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype in DTYPES else tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _leaf(number: int, tensor: torch.Tensor, group: str, name: str) -> Leaf:
+    shape, stride = tuple(tensor.shape), None
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        size = tensor.numel() * tensor.element_size()
+        return Leaf(number, group, name, "U8", (size,), None, (str(tensor.dtype), shape))
+    if not tensor.is_contiguous() and _dense(tensor):
+        stride = tuple(tensor.stride())
+    return Leaf(number, group, name, dtype, shape, stride)
 
 
 def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bool = False) -> Any:
@@ -257,13 +322,13 @@ def stored_type(index: Index, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
     return kind, shape
 
 
-class _LeafNumber(int):
-    """Stands in the tree for a tensor until it is known where that is stored."""
+class _Found(int):
+    """Stands in the tree for the tensor found as the nth, until it is known where that is stored."""
 
 
 def _placed(value: Any, place: Rows) -> Any:
     kind = type(value)
-    if kind is _LeafNumber:
+    if kind is _Found:
         return TensorRef(*place(value))
     if kind in (dict, OrderedDict):
         return kind((k, _placed(v, place)) for k, v in value.items())
