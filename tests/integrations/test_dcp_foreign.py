@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", 
 
 class Strange:
     """No data."""
-
-
-@pytest.fixture
-def unpickled() -> Iterator[list[str]]:
-    """What any unpickler of this process looks up."""
-    found: list[str] = []
-    watching = True
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "pickle.find_class":
-            found.append(".".join(map(str, arguments)))
-
-    sys.addaudithook(watch)
-    yield found
-    watching = False
 
 
 def a_state() -> dict[str, Any]:

@@ -24,7 +24,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_TORCH_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+TORCH_TYPES = {name: dtype for dtype, name in DTYPES.items()}
 _OTHERS = {str(d): d for d in (torch.complex128, torch.complex32, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)}
 
 Rows = Callable[[int], tuple[int, int]]
@@ -309,7 +309,7 @@ def stored_type(index: Index, row: int) -> tuple[torch.dtype, tuple[int, ...]]:
         raise CheckpointFormatError(f"The tree refers to the tensor in row {row} of {len(index.names)}.")
     other = index.stored_as.get(str(row)) if index.stored_as else None
     if other is None:
-        return _TORCH_TYPES[index.dtypes[row]], tuple(index.shapes[row])
+        return TORCH_TYPES[index.dtypes[row]], tuple(index.shapes[row])
     entry = index.entry(row)
     kind, shape = _OTHERS.get(other[0]), tuple(other[1])
     if (
