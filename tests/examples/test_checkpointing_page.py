@@ -126,3 +126,14 @@ def test_the_plain_loop_keeps_what_it_says(tmp_path: Path, monkeypatch: pytest.M
     }  # fmt: skip
     exec(found.group(1), names)
     assert Checkpointer("runs/1").steps() == [50, 80, 90, 100]
+
+
+def test_a_part_is_restored_as_the_page_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, model = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"model": saved}, wait=True)
+        found = re.search(r"```python part\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+        assert found is not None
+        exec(found.group(1), {"checkpointer": checkpointer, "state": {"model": model, "epoch": 3}})
+    assert torch.equal(model.weight, saved.weight)
+    assert "'epoch': 'not in the checkpoint'" in capsys.readouterr().out

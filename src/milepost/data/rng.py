@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milepost import _distributed
+from milepost._distributed import OfAllRanks
 from milepost.errors import MisconfigurationException
 
 _log = logging.getLogger(__name__)
@@ -80,17 +82,32 @@ class RngState:
 
 
 class RandomState:
-    """The process's random state as something with a state, for `milepost.Checkpointer`: it is restored last of all."""
+    """The process's random state as something with a state, for `milepost.Checkpointer`: it is restored last of all.
+
+    Each rank has its own. Where another number of ranks has saved, a rank takes that of the rank of its number; one
+    that was not there before begins a sequence of its own, which follows from the first rank's.
+    """
 
     restored_last = True
+    per_rank = True
 
     def state_dict(self) -> dict[str, Any]:
         """As it is now."""
         return RngState.capture().state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | OfAllRanks[dict[str, Any]]) -> None:
         """Make `state` that of the process."""
-        RngState.from_state_dict(state).restore()
+        if not isinstance(state, OfAllRanks):
+            RngState.from_state_dict(state).restore()
+        elif (rank := _distributed.rank()) < len(state.values):
+            RngState.from_state_dict(state.values[rank]).restore()
+        else:
+            first = RngState.from_state_dict(state.values[0])
+            words = hashlib.blake2b(first.torch.numpy().tobytes() + str(rank).encode(), digest_size=4).digest()
+            seed = int.from_bytes(words, "little")
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from milepost.engine.commit import REPLACED, remove_checkpoint, sweep
 from milepost.engine.directory import DirectoryEngine, DirectorySave
 from milepost.engine.lazy import changed_by_steps
 from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.report import RestoreReport
 from milepost.engine.restore import collect, restore
 from milepost.engine.retention import Entry, KeepBest, Mode, Retention, Rule
 from milepost.engine.save import Committed
@@ -99,6 +100,8 @@ class Checkpointer:
         self._on_busy = on_busy
         self._engine = DirectoryEngine(store, threads)
         self._newest: DirectorySave | None = None
+        self.report: RestoreReport | None = None
+        """What the last `restore` took and what it left; None where it found no checkpoint."""
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -216,12 +219,25 @@ class Checkpointer:
             if not gone:  # else somebody removes while we list, and may have saved what is not in the list
                 return sorted(set(found))
 
-    def restore(self, state: MutableMapping[str, Any], step: int | None = None) -> int:
+    def restore(
+        self,
+        state: MutableMapping[str, Any],
+        step: int | None = None,
+        *,
+        parts: Collection[str] | None = None,
+        strict: bool = True,
+    ) -> int:
         """Put the newest good checkpoint into `state`: into the tensors that are there.
+
+        It may have been saved by any number of ranks, in any layout: each rank reads what it holds.
 
         Args:
             state: as it was given to `save`; plain values in it are replaced.
             step: only this one will do.
+            parts: keys of `state` to restore, such as ``{"model"}``; the others stay as they are. None: all.
+            strict: whether all of them must be in the checkpoint and fit. Else what is not, or does not, stays as it
+                is: names that a module has more or fewer, tensors of another shape or type, the state of an optimizer
+                over other parameters. `report` says what became of each.
 
         Returns:
             The step of the checkpoint; 0 where there is none, and nothing was touched.
@@ -233,15 +249,16 @@ class Checkpointer:
             CheckpointNotFoundError: there is none of `step`.
         """
         self._engine.wait()
+        self.report = None
         if step is not None:
-            self._restore_one(state, step)
+            self._restore_one(state, step, parts, strict)
             return step
         first_error: CheckpointCorruptError | CheckpointFormatError | None = None
         candidates = self.steps()
         while candidates:
             candidate = candidates.pop()
             try:
-                self._restore_one(state, candidate)
+                self._restore_one(state, candidate, parts, strict)
             except CheckpointNotFoundError:  # removed by somebody since it was listed, who may have saved newer ones
                 candidates = self.steps()
             except (CheckpointCorruptError, CheckpointFormatError) as error:
@@ -275,9 +292,13 @@ class Checkpointer:
         """Remove a checkpoint; where there is none, nothing happens."""
         self._engine.remove(self.path(step))
 
-    def _restore_one(self, state: MutableMapping[str, Any], step: int) -> None:
+    def _restore_one(
+        self, state: MutableMapping[str, Any], step: int, parts: Collection[str] | None, strict: bool
+    ) -> None:
         self._check_there(step)
-        self._engine.reading(self.path(step), lambda stored: restore(self._engine, stored, state))
+        self.report = self._engine.reading(
+            self.path(step), lambda stored: restore(self._engine, stored, state, parts, strict)
+        )
         with suppress(CheckpointError):  # it is removed or replaced meanwhile: then the next save writes all
             self._engine.adopt(self.path(step))
         self._restored = step

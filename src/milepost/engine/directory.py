@@ -5,25 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
+from milepost import _distributed
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
 from milepost.engine.lazy import StepGate, rows_that_can_wait
+from milepost.engine.loading import owned_tree, read_tensors
+from milepost.engine.locating import Located, Ref
 from milepost.engine.plan_memory import PlanMemory
 from milepost.engine.planner import Earlier
 from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
-from milepost.engine.requests import BlobPlan, Destination, Image
+from milepost.engine.requests import BlobPlan, Image
 from milepost.engine.save import Committed, Saving
 from milepost.engine.staging import Arena, LiveImage, Source
-from milepost.engine.state import Flattened, rebuild, references, stored_type
+from milepost.engine.state import Flattened, rebuild, references
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, CheckpointSaveError
-from milepost.format.codec import TensorRef
 from milepost.storage.store import LocalStore, Store
 
 _T = TypeVar("_T")
@@ -258,43 +260,32 @@ class DirectoryEngine:
         """
 
         def read(stored: StoredCheckpoint) -> dict[str, Any]:
-            tensors = self.read_tensors(stored, references(stored.tree))
-            state: dict[str, Any] = rebuild(stored.tree, tensors.__getitem__, unpickle)
+            tree = owned_tree(stored)
+            tensors = self.read_tensors(stored, references(tree))
+            state: dict[str, Any] = rebuild(tree, tensors.__getitem__, unpickle)
             return state
 
         with collector_paused():
             return self.reading(path, read)
 
     def read_tensors(
-        self, stored: StoredCheckpoint, wanted: list[TensorRef], into: Mapping[TensorRef, torch.Tensor] | None = None
-    ) -> dict[TensorRef, torch.Tensor]:
-        """Read tensors, each into the memory given for it, or into new memory.
+        self,
+        stored: StoredCheckpoint,
+        wanted: Iterable[Ref],
+        into: Mapping[Ref, Sequence[torch.Tensor]] | None = None,
+        located: Located | None = None,
+    ) -> dict[Ref, torch.Tensor]:
+        """Read tensors, each into those given for it, or into new memory.
 
         Args:
-            into: contiguous host tensors of the stored type and shape.
+            into: tensors of the stored type and shape; of a DTensor the part is read that this rank holds.
+            located: what was found out about the checkpoint before.
+
+        Returns:
+            For each the first one given for it, or the new one.
         """
-        found: dict[TensorRef, torch.Tensor] = {}
-        per_blob: dict[int, list[Destination]] = {}
-        restride: list[tuple[TensorRef, tuple[int, ...]]] = []
-        indexes = [stored.index(number) for number in range(len(stored.head.blobs))]
-        entries = [index.entries() for index in indexes]
-        for ref in wanted:
-            if ref.blob >= len(entries) or ref.row >= len(entries[ref.blob]):
-                raise CheckpointFormatError(f"{stored.path}: the tree refers to {ref}, which is not there.")
-            index, entry = indexes[ref.blob], entries[ref.blob][ref.row]
-            tensor = None if into is None else into.get(ref)
-            if tensor is None:
-                dtype, shape = stored_type(index, ref.row)
-                tensor = torch.empty(shape, dtype=dtype)
-                if (listed := index.strides.get(str(ref.row))) is not None:
-                    restride.append((ref, tuple(listed)))
-            found[ref] = tensor
-            to = Destination(entry.start, entry.stop, tensor.data_ptr(), entry.size)
-            per_blob.setdefault(ref.blob, []).append(to)
-        stored.read(per_blob, self._started())
-        for ref, stride in restride:
-            found[ref] = torch.empty_strided(found[ref].shape, stride, dtype=found[ref].dtype).copy_(found[ref])
-        return found
+        located = located or Located(stored, _distributed.rank())
+        return read_tensors(stored, located, self._started(), wanted, into or {})
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Read all of a checkpoint and compare it with its digests.

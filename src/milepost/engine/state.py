@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from milepost._distributed import OfAllRanks
 from milepost.engine import value_classes, value_forms
 from milepost.engine.requests import Leaf
 from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
@@ -190,7 +191,36 @@ def _leaf(number: int, tensor: torch.Tensor, group: str, name: str) -> Leaf:
     return Leaf(number, group, name, dtype, shape, stride)
 
 
-def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bool = False) -> Any:
+def own_values(tree: Any, rank_tree: Callable[[int], list[Any]], rank: int | None, world_size: int) -> Any:
+    """A decoded tree with the values put in that are each rank's own: those of `rank`, or of all where it is None.
+
+    Args:
+        rank_tree: the values of one rank, as a list.
+        world_size: of the run that saved.
+    """
+    trees = {n: rank_tree(n) for n in (range(world_size) if rank is None else (rank,))}
+
+    def of(number: int, which: int) -> Any:
+        if number >= len(trees[which]):
+            raise CheckpointFormatError(f"The tree refers to value {number} of {len(trees[which])} of rank {which}.")
+        return trees[which][number]
+
+    def put_in(value: Any) -> Any:
+        kind = type(value)
+        if kind is RanksRef:
+            if rank is not None:
+                return of(value.number, rank)
+            return OfAllRanks(tuple(of(value.number, n) for n in trees))
+        if kind in (dict, OrderedDict):
+            return kind((k, put_in(v)) for k, v in value.items())
+        if kind in (list, tuple):
+            return kind(put_in(v) for v in value)
+        return Tagged(put_in(value.data)) if kind is Tagged else value
+
+    return put_in(tree)
+
+
+def rebuild(tree: Any, tensor: Callable[[Any], torch.Tensor], unpickle: bool = False) -> Any:
     """The nested state from a decoded tree; `tensor` gives the tensor for a reference, the same one for the same.
 
     Args:
@@ -199,11 +229,13 @@ def rebuild(tree: Any, tensor: Callable[[TensorRef], torch.Tensor], unpickle: bo
     Raises:
         UnsafeCheckpointError: there is a pickled value and `unpickle` is False.
     """
-    if isinstance(tree, TensorRef):
+    if isinstance(tree, (TensorRef, PartsRef)):
         return tensor(tree)
-    if isinstance(tree, (PartsRef, RanksRef)):
-        raise CheckpointFormatError(f"The tree holds {tree}, which only several ranks store.")
+    if isinstance(tree, RanksRef):
+        raise CheckpointFormatError(f"The tree refers to {tree}, but no rank has stored values of its own.")
     kind = type(tree)
+    if kind is OfAllRanks:
+        return OfAllRanks(tuple(rebuild(v, tensor, unpickle) for v in tree.values))
     if kind in (dict, OrderedDict):
         return kind((k, rebuild(v, tensor, unpickle)) for k, v in tree.items())
     if kind in (list, tuple):
@@ -279,12 +311,12 @@ def _of_bytes(data: Any) -> bytes:
     return data
 
 
-def references(tree: Any) -> list[TensorRef]:
+def references(tree: Any) -> list[TensorRef | PartsRef]:
     """All references to tensors in a decoded tree, each once."""
-    found: dict[TensorRef, None] = {}
+    found: dict[TensorRef | PartsRef, None] = {}
 
     def visit(value: Any) -> None:
-        if isinstance(value, TensorRef):
+        if isinstance(value, (TensorRef, PartsRef)):
             found[value] = None
         elif isinstance(value, dict):
             for item in value.values():
@@ -294,6 +326,8 @@ def references(tree: Any) -> list[TensorRef]:
                 visit(item)
         elif isinstance(value, Tagged):
             visit(value.data)
+        elif isinstance(value, OfAllRanks):
+            visit(value.values)
 
     visit(tree)
     return list(found)

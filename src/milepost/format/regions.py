@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from milepost.format.boxes import Box
 from milepost.format.layout import PIECE_BYTES
 
 Span = tuple[int, int]
@@ -67,6 +68,14 @@ def grid(spans: Sequence[Sequence[Span]]) -> Iterator[tuple[Sizes, Sizes, Sizes]
         for start, stop in spans[-1]:
             yield (*offsets, start), (*sizes, stop - start), (*inner, position)
             position += stop - start
+
+
+def common(one: Box, other: Box) -> Box | None:
+    """What two boxes of one tensor both hold; None where that is nothing."""
+    lows = tuple(map(max, one.offsets, other.offsets))
+    stops = [min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True)]
+    sizes = tuple(stop - low for low, stop in zip(lows, stops, strict=True))
+    return Box(lows, sizes) if all(n > 0 for n in sizes) else None
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
