@@ -30,7 +30,9 @@ class Run:
 
     def __init__(self, callback: WeightAveraging, checkpoint: dict[str, Any] | None = None) -> None:
         self.callback, self.model = callback, Model()
-        self.trainer: Any = SimpleNamespace(global_step=0, current_epoch=0, state=SimpleNamespace(fn="fit"))
+        self.trainer: Any = SimpleNamespace(
+            global_step=0, current_epoch=0, state=SimpleNamespace(fn="fit"), finish_staging=lambda: None
+        )
         callback.setup(self.trainer, self.model, "fit")
         if checkpoint is not None:
             self.trainer.global_step = checkpoint["global_step"]

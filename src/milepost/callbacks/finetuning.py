@@ -156,6 +156,7 @@ class BaseFinetuning(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        trainer.finish_staging()  # it may give the layers that it unfreezes other weights
         for index, optimizer in enumerate(trainer.optimizers):
             self.finetune_function(pl_module, trainer.current_epoch, optimizer)
             self._internal_optimizer_metadata[index] = [

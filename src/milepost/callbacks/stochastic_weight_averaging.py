@@ -143,6 +143,7 @@ class StochasticWeightAveraging(Callback):
         if not self.n_averaged:
             return
         assert self._average_model is not None
+        trainer.finish_staging()
         with torch.no_grad():
             for averaged, parameter in zip(self._average_model.parameters(), pl_module.parameters(), strict=True):
                 parameter.copy_(averaged)

@@ -96,22 +96,22 @@ class WeightAveraging(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         # Exchanged, not overwritten: a checkpoint that is saved after this still has the weights to train on from.
         if not self._exchanged:
-            self._exchange(pl_module)
+            self._exchange(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._average is not None and not self._exchanged:
-            self._exchange(pl_module)
+            self._exchange(trainer, pl_module)
             self._exchanged_for_validation = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
-        self._end_validation(pl_module)
+        self._end_validation(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
-        self._end_validation(pl_module)
+        self._end_validation(trainer, pl_module)
 
-    def _end_validation(self, pl_module: Module) -> None:
+    def _end_validation(self, trainer: Trainer, pl_module: Module) -> None:
         if self._exchanged_for_validation:
-            self._exchange(pl_module)
+            self._exchange(trainer, pl_module)
             self._exchanged_for_validation = False
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -158,7 +158,8 @@ class WeightAveraging(Callback):
         self._average.update_parameters(pl_module)
 
     @torch.no_grad()
-    def _exchange(self, pl_module: Module) -> None:
+    def _exchange(self, trainer: Trainer, pl_module: Module) -> None:
+        trainer.finish_staging()
         assert self._average is not None
         for ours, theirs in zip(_tensors(self._average.module), _tensors(pl_module), strict=True):
             kept = ours.detach().clone()

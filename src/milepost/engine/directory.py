@@ -37,7 +37,7 @@ class DirectorySave:
     def __init__(self, path: str, step: int) -> None:
         self.path = path
         self.step = step
-        self.staging: list[Future[None]] = []
+        self.staging: Future[None] | None = None
         self._future: Future[Committed] = Future()
         self._told = False
 
@@ -47,8 +47,8 @@ class DirectorySave:
         Raises:
             TimeoutError: that has not ended within `timeout` seconds.
         """
-        for copy in self.staging:
-            copy.exception(timeout)
+        if self.staging is not None:
+            self.staging.exception(timeout)
 
     def done(self) -> bool:
         """Whether it has ended, well or badly. Never blocks."""
@@ -103,7 +103,7 @@ class DirectoryEngine:
         step: int = 0,
         metrics: Mapping[str, float] | None = None,
         background: bool = True,
-        lazy: set[int] | None = None,
+        lazy: Mapping[int, int] | None = None,
         pickled: Callable[[str, Any], None] | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> DirectorySave:
@@ -114,8 +114,8 @@ class DirectoryEngine:
         takes no memory but a buffer for each thread.
 
         Args:
-            lazy: in the background, addresses of tensors that only steps of optimizers change (`changed_by_steps`):
-                they are copied after this returns, and the next step waits.
+            lazy: in the background, the tensors that only steps of optimizers change (`changed_by_steps`): they are
+                copied after this returns, and the next step waits.
             pickled: as for `Flattened`.
             then: called after the commit, before the next save is begun, such as for retention. What it raises counts
                 as an error of this save.
@@ -141,9 +141,9 @@ class DirectoryEngine:
         workers = self._started()
         later = [rows_that_can_wait(plan, lazy) for plan in plans] if lazy else []
         staged, copying = self._arena.stage(plans, workers.pool, workers.count, later)
-        for copy in copying:
-            self._gate.hold_until(copy)
-        save.staging = copying
+        if copying is not None:
+            self._gate.hold_until(copying.future)
+            save.staging = copying.future
         self._under_way.append(save)
         assert self._writer is not None
         self._writer.submit(self._run, save, flattened, plans, [*staged], dict(metrics or {}), then)
@@ -173,8 +173,8 @@ class DirectoryEngine:
         then: Callable[[Committed], None] | None,
     ) -> None:
         try:
-            for copy in save.staging:
-                copy.result()
+            if save.staging is not None:
+                save.staging.result()
             parent = os.path.dirname(save.path)  # noqa: PTH120
             if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
                 make_parents(self.store, parent)
@@ -189,6 +189,10 @@ class DirectoryEngine:
             save._future.set_exception(_as_save_error(error, save))
         else:
             save._future.set_result(committed)
+
+    def staged(self) -> None:
+        """Wait until everything is copied: from then on all tensors may be changed by anybody."""
+        self._gate.wait()
 
     def raise_failed(self) -> None:
         """Raise what a save in the background failed with, once."""

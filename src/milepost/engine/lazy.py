@@ -1,24 +1,35 @@
 """Lazy staging: what only optimizers change is copied while the loop goes on, and their next step waits for it.
 
-Proven right where every change of a tensor goes through the ``step`` of a torch optimizer: parameters, and the state of
-optimizers. torch calls a hook before each of these steps, fused, foreach or not, through a GradScaler or out of a
-backward pass; the hook waits. Buffers (BatchNorm changes them in forward), gradients (backward), averages and tensors
-that no optimizer knows are copied at once. Whoever writes to parameters by hand, or loads other weights into them,
-between a save and the next step must not ask for lazy staging, or wait for the handle's `staged` first.
+Proven right where every change of a tensor goes through the ``step`` of an optimizer of ``torch.optim``: parameters,
+and the optimizer's state. torch calls a hook before each of these steps, fused, foreach or not, through a GradScaler or
+out of a backward pass; the hook waits, where the step is given a closure once that has run. Everything else is copied
+at once: buffers (BatchNorm changes them in forward), gradients (backward), averages, tensors that no optimizer knows,
+and all that `steps_alone_change` cannot vouch for.
+
+Whoever writes to parameters by hand between a save and the next step waits for the handle's `staged` first. Where that
+is forgotten, a write that torch counts (all but those through ``.data``) fails the save; ``MILEPOST_CHECK_LAZY=1``
+compares every byte.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from milepost.engine.requests import BlobPlan
+from milepost.errors import CheckpointSaveError
+
+CHECK_VARIABLE = "MILEPOST_CHECK_LAZY"
+"""Set to 1: each lazy copy is compared with one made at once. Takes the memory and the time of that copy."""
 
 Staging = Future[None]
 
@@ -36,17 +47,10 @@ class StepGate:
         with self._lock:
             self._open.append(staging)
             if self._hook is None:
-                self._hook = register_optimizer_step_pre_hook(self._wait)
+                self._hook = register_optimizer_step_pre_hook(self._before_step)
 
-    def release(self) -> None:
-        """Wait for all, and hold nothing back any more."""
-        self._wait()
-        with self._lock:
-            if self._hook is not None and not self._open:
-                self._hook.remove()
-                self._hook = None
-
-    def _wait(self, *_: Any) -> None:
+    def wait(self) -> None:
+        """Wait until nothing of an optimizer's is being copied."""
         with self._lock:
             waiting = list(self._open)
         for staging in waiting:
@@ -54,17 +58,93 @@ class StepGate:
         with self._lock:
             self._open = [staging for staging in self._open if staging not in waiting]
 
+    def release(self) -> None:
+        """Wait for all, and hold nothing back any more."""
+        self.wait()
+        with self._lock:
+            if self._hook is not None and not self._open:
+                self._hook.remove()
+                self._hook = None
 
-def changed_by_steps(values: Iterable[Any]) -> set[int]:
-    """Addresses of the tensors that only the steps of the optimizers among `values` change."""
-    found: set[int] = set()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._open:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None or not _of_torch(optimizer):
+            self.wait()
+            return None
+
+        def closure_then_wait() -> Any:  # forward and backward run in here, and all of torch's optimizers call it first
+            result = closure()
+            self.wait()
+            return result
+
+        if len(args) > 1:
+            return (args[0], closure_then_wait, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_wait}
+
+
+# ---- what can wait -------------------------------------------------------------------------------------------------
+
+
+def changed_by_steps(values: Iterable[Any]) -> dict[int, int]:
+    """The tensors that only steps of the optimizers among `values` change: from address to bytes."""
+    if inside_a_step():
+        return {}
+    found: dict[int, int] = {}
     for value in values:
-        if isinstance(value, Optimizer):
-            parameters = [p for group in value.param_groups for p in group["params"]]
-            for tensor in [*parameters, *_tensors(value.state)]:
-                if tensor.device.type == "cpu" and tensor.is_contiguous():
-                    found.add(tensor.data_ptr())
-    return found - {0}
+        if isinstance(value, Optimizer) and steps_alone_change(value):
+            trained = [p for group in value.param_groups for p in group["params"] if p.requires_grad]
+            for tensor in [*trained, *_tensors(value.state)]:
+                if _can_wait(tensor):
+                    found[tensor.data_ptr()] = tensor.nbytes
+    return found
+
+
+def steps_alone_change(optimizer: Optimizer) -> bool:
+    """Whether parameters and state of `optimizer` change in calls of its `step` only, and torch's hook sees those.
+
+    Not so for classes of others (which may write in methods of other names), for a `step` put on the object, such as a
+    compiled one, for steps out of hooks of the backward pass, and for those that a CUDA graph replays.
+    """
+    own = vars(optimizer).get("step")
+    if own is not None and getattr(getattr(own, "__code__", None), "co_filename", "") != lr_scheduler.__file__:
+        return False  # schedulers put one there that only counts
+    if not _of_torch(optimizer) or not getattr(type(optimizer).step, "hooked", False):
+        return False
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        return False
+    return not any(
+        hasattr(p, "_in_backward_optimizers") or getattr(p, "_post_accumulate_grad_hooks", None)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+def inside_a_step() -> bool:
+    """Whether the caller was called by an optimizer's step, out of its closure: then the hook is past already."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _STEP_CODE:
+        frame = frame.f_back
+    return frame is not None
+
+
+_STEP_CODE = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def _of_torch(optimizer: Optimizer) -> bool:
+    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
+
+
+def _can_wait(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_inference()
+        and tensor.nbytes > 0
+    )
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -77,10 +157,45 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def rows_that_can_wait(plan: BlobPlan, addresses: set[int]) -> set[int]:
-    """Rows of a blob whose tensors are among `addresses`."""
+def rows_that_can_wait(plan: BlobPlan, known: Mapping[int, int]) -> set[int]:
+    """Rows of a blob whose tensors `known` holds: not one that begins where a shorter one of the optimizer's does."""
     return {
         row
         for row, tensor in enumerate(plan.tensors)
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.data_ptr() in addresses
+        if _can_wait(tensor) and tensor.nbytes <= known.get(tensor.data_ptr(), 0)
     }
+
+
+# ---- whether it was right ------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Finds out, once the tensors are copied, whether somebody has written to them meanwhile.
+
+    Args:
+        tensors: by name.
+        compare: keep a copy of each, and compare bytes; else ask torch, which does not count writes through ``.data``.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]], compare: bool | None = None) -> None:
+        self._tensors = [(name, tensor, tensor._version) for name, tensor in tensors]
+        compare = os.environ.get(CHECK_VARIABLE) == "1" if compare is None else compare
+        self._before = [tensor.detach().clone() for _, tensor, _ in self._tensors] if compare else []
+
+    def violation(self, copies: Sequence[torch.Tensor]) -> CheckpointSaveError | None:
+        """What is to be raised; None where all is well. `copies` are the bytes that were copied, in the same order."""
+        written = [name for name, tensor, version in self._tensors if tensor._version != version]
+        if not written:
+            written = [
+                name
+                for (name, _, _), before, copy in zip(self._tensors, self._before, copies, strict=False)
+                if not torch.equal(before.reshape(-1).view(torch.uint8), copy)
+            ]
+        if not written:
+            return None
+        more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+        return CheckpointSaveError(
+            f"{written[0]!r}{more} was written to while it was being copied, and not by a step of an optimizer: the"
+            " checkpoint would be of no one moment. Call the handle's staged() before writing to weights by hand"
+            " (trainer.finish_staging() under a Trainer), or save without lazy=True."
+        )

@@ -5,30 +5,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor
 
+import torch
+
+from milepost.engine.copy_jobs import Copying, Job
+from milepost.engine.lazy import Watch
+from milepost.engine.memory import Memory
 from milepost.engine.requests import BlobPlan, Image
 from milepost.format.layout import TensorEntry
 
-if TYPE_CHECKING:
-    import torch
-
 _SPLIT_BYTES = 8 << 20  # larger tensors are copied by several threads
-
-
-class Memory:
-    """Page-aligned memory of the host, for direct I/O."""
-
-    def __init__(self, size: int) -> None:
-        self.size = max(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
-        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults when it is first touched
-        self.bytes = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
 
 class Source:
@@ -148,11 +136,11 @@ class Arena:
 
     def stage(
         self, plans: Sequence[BlobPlan], threads: Executor, workers: int, later: Sequence[set[int]] = ()
-    ) -> tuple[list[StagedImage], list[Future[None]]]:
+    ) -> tuple[list[StagedImage], Copying | None]:
         """Copy everything but the rows in `later` (for each plan). When this returns, the other tensors may change.
 
         Returns:
-            The images, and what is still being copied: the images are whole once these have ended.
+            The images, and what is still being copied, if anything: the images are whole once it has ended.
         """
         self.reserve(plans)
         memory = self._memory
@@ -160,23 +148,29 @@ class Arena:
         images: list[StagedImage] = []
         now: list[Job] = []
         then: list[Job] = []
+        watched: list[Watched] = []
         offset = 0
         for number, plan in enumerate(plans):
-            images.append(StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset))
-            for start, stop, waits in _spans(plan, later[number] if later else set()):
-                jobs = _jobs(Source(plan), start, stop, memory.address + offset)
+            image = StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset)
+            rows = later[number] if later else set()
+            for start, stop, waits in _spans(plan, rows):
+                jobs = _jobs(Source(plan), start, stop, image.address)
                 (then if waits else now).extend(jobs)
+            watched += [_watched(plan, row, image) for row in sorted(rows)]
+            images.append(image)
             offset += _room(plan)
-        queue = deque(now)
-        futures = [threads.submit(_copy_all, queue) for _ in range(min(workers - 1, len(now)))]
-        _copy_all(queue)
-        for future in futures:
-            future.result()
-        waiting = deque(then)
-        return images, [threads.submit(_copy_all, waiting) for _ in range(min(workers, len(then)))]
+        watch = Watch([(name, tensor) for name, tensor, _ in watched]) if watched else None
+        copying = Copying(now)
+        copying.begin(threads, workers - 1)
+        copying.join()
+        if watch is None:
+            return images, None
+        rest = Copying(then, lambda: watch.violation([copy for _, _, copy in watched]))
+        rest.begin(threads, workers)
+        return images, rest
 
 
-Job = tuple[Source, int, int, int]
+Watched = tuple[str, torch.Tensor, torch.Tensor]
 
 
 def _room(plan: BlobPlan) -> int:
@@ -201,11 +195,9 @@ def _jobs(source: Source, start: int, stop: int, address: int) -> list[Job]:
     ]
 
 
-def _copy_all(jobs: deque[Job]) -> None:
-    """Take one job after the other until none is left; several threads take from one queue, so that none idles."""
-    while True:
-        try:
-            source, start, stop, address = jobs.popleft()
-        except IndexError:
-            return
-        source.copy(start, stop, address)
+def _watched(plan: BlobPlan, row: int, image: StagedImage) -> Watched:
+    """A tensor that is copied later, and its bytes in the image, which stand there once it is."""
+    entry = plan.layout.entries[row]
+    memory = (ctypes.c_char * entry.size).from_address(image.address + entry.start)
+    name = f"{plan.group}.{entry.name}" if plan.group and not plan.group.endswith(".") else entry.name
+    return name, plan.tensors[row], torch.frombuffer(memory, dtype=torch.uint8)

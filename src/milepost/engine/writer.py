@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
+from milepost.engine.memory import Memory
 from milepost.engine.requests import CHUNK_BYTES, Image, Tailed
-from milepost.engine.staging import Memory
 from milepost.format.layout import PIECE_BYTES
 from milepost.storage.store import ALIGN_BYTES, Store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -34,6 +35,9 @@ class Strategy:
         if checkpoint_io is not None:
             self.checkpoint_io = checkpoint_io
         self._lightning_module: Any = None
+        self.stepping_optimizers: Sequence[torch.optim.Optimizer] = ()
+        """Set by the Trainer for a save: those whose ``step`` alone changes their parameters and state from then on,
+        until the plugin's ``staged()`` is called."""
 
     @property
     def root_device(self) -> torch.device:
@@ -82,7 +86,7 @@ class Strategy:
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> Pending:
         """Store `checkpoint`; returns a handle that is done once the checkpoint is durable. Called on every rank."""
-        return io_calls.save(self.checkpoint_io, checkpoint, filepath, storage_options)
+        return io_calls.save(self.checkpoint_io, checkpoint, filepath, storage_options, self.stepping_optimizers)
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; tensors come back on the CPU unless the plugin decides otherwise."""

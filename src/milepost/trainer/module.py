@@ -57,6 +57,12 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
         self._toggled: dict[nn.Parameter, bool] = {}
         self.allow_zero_length_dataloader_with_multiple_devices = False
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # torch calls this in every load_state_dict, that of a module around this one too
+        if self._trainer is not None:
+            self._trainer.finish_staging()
+        super()._load_from_state_dict(*args)
+
     # ---- what the run offers -------------------------------------------------------------------------------------
 
     @property

@@ -39,6 +39,7 @@ def run(
 ) -> Any:
     """Run `fn` of `trainer`. Whatever ends it early, the callbacks are told, loggers and strategy are closed."""
     provided, parts = model is not None, resolve_parts(restore)
+    trainer.finish_staging()  # of a save between two runs: this one may load other weights
     model = assembly.checked_module(model, trainer.lightning_module, fn)
     trainer.loaders, trainer.datamodule = assembly.checked_data(loaders, datamodule)
     if fn == "fit":
@@ -64,6 +65,7 @@ def run(
 def _tell_of(trainer: Trainer, error: BaseException) -> None:
     """Let callbacks save what they can. A failure in there never hides `error`; no collectives on this path."""
     try:
+        trainer.finish_staging()
         for callback in trainer.callbacks:
             callback.on_exception(trainer, trainer.lightning_module, error)
         if trainer.datamodule is not None:

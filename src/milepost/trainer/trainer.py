@@ -19,6 +19,7 @@ from milepost.strategies.strategy import Strategy
 from milepost.trainer import assembly, defaults
 from milepost.trainer.datamodule import DataModule
 from milepost.trainer.evaluation import EvaluationLoop
+from milepost.trainer.late_copies import DIRECT, LateCopies
 from milepost.trainer.loop import FitLoop
 from milepost.trainer.metrics import Metrics
 from milepost.trainer.module import Module, refuse_iterator, takes_argument
@@ -159,6 +160,7 @@ class Trainer(TrainerSurface):
         self.datamodule: DataModule | None = None
         self.loaders: dict[str, Any] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.late_copies = LateCopies(self)
         self.lr_scheduler_configs: list[SchedulerConfig] = []
         self.data_seed = 0
         self.metrics = Metrics(lambda: self.global_step)
@@ -250,9 +252,17 @@ class Trainer(TrainerSurface):
             raise AttributeError("save_checkpoint needs a model: call fit, validate, test or predict first.")
         with self.profile("save_checkpoint"):
             checkpoint = dump_checkpoint(self, bool(weights_only))
+            self.strategy.stepping_optimizers = self.late_copies.optimizers()
             pending = self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
             self.strategy.barrier("save_checkpoint")
         return pending
+
+    def finish_staging(self) -> None:
+        """Wait until what is being saved is copied. Call it before writing to weights inside of `training_step`.
+
+        It matters to plugins with ``lazy=True`` only, and not after an optimizer's step, which has waited itself.
+        """
+        self.late_copies.finish()
 
     @property
     def ckpt_path(self) -> str | None:
@@ -289,6 +299,7 @@ class Trainer(TrainerSurface):
         """Called by the fit loop when validation is due; with `zero_grad`, gradients are freed before."""
         self.state.stage = "validate"
         try:
+            self.finish_staging()
             if zero_grad:
                 self.lightning_module.on_validation_model_zero_grad()
             self.evaluation_loops["validation"].run()
@@ -315,13 +326,15 @@ class Trainer(TrainerSurface):
                     self._call_one(callback, hook, self, module, *args)
             result = self._call_one(module, hook, *args)
             for callback in late:
-                self._call_one(callback, hook, self, module, *args)
+                with self.late_copies.saving(callback, getattr(callback, hook, None)):
+                    self._call_one(callback, hook, self, module, *args)
         return result
 
     def _call_one(self, owner: Any, hook: str, *args: Any) -> Any:
         function = getattr(owner, hook, None)
         if function is None:
             return None
+        self.late_copies.before(function)
         if isinstance(self.profiler, PassThroughProfiler):  # called several times in each step: no context for nothing
             return function(*args)
         with self.profile(hook, owner):
@@ -341,6 +354,8 @@ class Trainer(TrainerSurface):
     def in_hook(self, name: str) -> Iterator[None]:
         """Tell ``self.log`` where it is called."""
         module = self.lightning_module
+        if name in DIRECT:
+            self.late_copies.before(getattr(module, name))
         previous, module._current_hook = module._current_hook, name
         try:
             yield

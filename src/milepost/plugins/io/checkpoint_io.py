@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,6 +22,10 @@ class CheckpointIO(ABC):
     when it could not be stored as data; called before the first step), ``probe(directory)`` (the bytes free there;
     raises where nothing can be written), ``wait()``, and a `save_checkpoint` that returns a handle with ``done()`` and
     ``result()`` because it writes in the background.
+
+    A plugin that copies after `save_checkpoint` has returned takes the keyword ``optimizers``: parameters and state of
+    these change in their ``step`` only, until ``staged()``, which the plugin then has too, is called: it waits for the
+    copy. The Trainer calls it before anything of its own, or a hook of the user's, may write to weights.
 
     Attributes:
         every_rank: where several ranks train, whether `save_checkpoint` is called on each of them, with what that rank
@@ -113,13 +117,28 @@ def is_checkpoint_io(value: Any) -> bool:
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in _METHODS)
 
 
-def save(io: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> Pending:
-    """Save through `io`. `storage_options` is passed on only when it was given."""
+def save(
+    io: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None, optimizers: Sequence[Any] = ()
+) -> Pending:
+    """Save through `io`. `storage_options` is passed on only when it was given, `optimizers` only to a taker."""
     options = {} if storage_options is None else {"storage_options": storage_options}
+    if optimizers and copies_later(io):
+        options["optimizers"] = optimizers
     returned = io.save_checkpoint(checkpoint, path, **options)
     if returned is None or not (hasattr(returned, "done") and hasattr(returned, "result")):
         return Completed(str(path))
     return returned if hasattr(returned, "path") else _Handle(returned, str(path))
+
+
+def copies_later(io: Any) -> bool:
+    """Whether `io` may copy after a save has returned: it takes ``optimizers``, by that name, and has ``staged``."""
+    return _offered(io, "staged") is not None and "optimizers" in inspect.signature(io.save_checkpoint).parameters
+
+
+def staged(io: Any) -> None:
+    """Wait until what is being saved is copied, so that weights may be written to."""
+    if (offered := _offered(io, "staged")) is not None:
+        offered()
 
 
 def load(io: Any, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

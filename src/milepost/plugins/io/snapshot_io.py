@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from milepost.engine.directory import DirectoryEngine, DirectorySave
+from milepost.engine.lazy import changed_by_steps
+from milepost.errors import MisconfigurationException
 from milepost.format.manifest import HEAD_NAME
 from milepost.plugins.io.checkpoint_io import CheckpointIO, refuse_storage_options
 from milepost.storage import local
@@ -25,21 +28,39 @@ class SnapshotCheckpointIO(CheckpointIO):
 
     Args:
         background: False: `save_checkpoint` returns when the checkpoint is durable, and no memory is taken for a copy.
+        lazy: in the background, copy parameters and the optimizers' state after `save_checkpoint` has returned: the
+            next optimizer step waits for it. Ask for it where nothing but steps writes to parameters in forward and
+            backward; what the Trainer's hooks and callbacks do is seen to. docs/checkpointing.md says what is copied
+            at once all the same.
         threads: that copy, digest and write.
         allow_pickle: pickle what cannot be stored as data, without a word. Such a checkpoint loads only with
             ``weights_only=False``. Otherwise `check` refuses such a value before training, and one that turns up later
             is pickled with a warning, so that no step is lost for it.
     """
 
-    def __init__(self, *, background: bool = True, threads: int = 2, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, *, background: bool = True, lazy: bool = False, threads: int = 2, allow_pickle: bool = False
+    ) -> None:
+        if lazy and not background:
+            raise MisconfigurationException("lazy=True copies in the background: it needs background=True.")
+        self._lazy = lazy
         self._engine = DirectoryEngine(threads=threads)
         self._background = background
         self._allow_pickle = allow_pickle
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,
+        *,
+        optimizers: Sequence[Any] = (),
     ) -> DirectorySave:
         """Save `checkpoint`. Returns a handle that is done once it is durable.
+
+        Args:
+            optimizers: with ``lazy=True``, those whose parameters and state nothing changes but their ``step``, until
+                `staged` is called.
 
         Raises:
             CheckpointSaveError: an earlier save in the background failed and nobody was told; or, not in the
@@ -49,7 +70,12 @@ class SnapshotCheckpointIO(CheckpointIO):
         refuse_storage_options(self, storage_options)
         step = checkpoint.get("global_step", 0) if isinstance(checkpoint, dict) else 0
         warn = silent if self._allow_pickle else warn_of_pickle
-        return self._engine.save(path, checkpoint, step=step, background=self._background, pickled=warn)
+        lazy = changed_by_steps(optimizers) if self._lazy else None
+        return self._engine.save(path, checkpoint, step=step, background=self._background, lazy=lazy, pickled=warn)
+
+    def staged(self) -> None:
+        """Wait until what is being saved is copied, and its tensors may be changed by anybody."""
+        self._engine.staged()
 
     def check(self, checkpoint: dict[str, Any]) -> None:
         """Find what a save could only pickle; nothing is written.

@@ -1,0 +1,220 @@
+"""Lazy staging under the Trainer: late where that is right, at once where it cannot be known, never of two moments.
+
+`MILEPOST_CHECK_LAZY=1` holds throughout: each late copy is compared with one made at once. In the cases the copying
+thread is held up until the next `training_step`, so that the copy is late for certain.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from milepost import LightningModule, Trainer
+from milepost.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from milepost.engine.lazy import changed_by_steps
+from milepost.plugins import SnapshotCheckpointIO
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILEPOST_CHECK_LAZY", "1")
+
+
+class Net(LightningModule):
+    """With BatchNorm, whose buffers change in forward. Notes which saves were still being copied in training_step."""
+
+    def __init__(self, optimizer: Any = torch.optim.AdamW) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+        self.make = optimizer
+        self.held: Held | None = None
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.layers(batch[0]).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.loss(batch)  # changes the buffers of BatchNorm, which were copied at once
+        if self.held is not None:
+            self.held.look()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.loss(batch))
+
+
+class Manual(Net):
+    def __init__(self, optimizer: Any = torch.optim.AdamW) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+class Held(Callback):
+    """Holds up the copying of each save but the last, and keeps what it must hold."""
+
+    def __init__(self, io: SnapshotCheckpointIO) -> None:
+        self.io = io
+        self.go = threading.Event()
+        self.expected: dict[int, Any] = {}
+        self.late = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        now = copy.deepcopy(
+            {"state_dict": pl_module.state_dict(), "optimizer": [o.state_dict() for o in trainer.optimizers]}
+        )
+        self.expected.setdefault(trainer.global_step, now)  # while batches accumulate, the first is saved
+        self.go = threading.Event()
+        self.io.wait()  # what is still being written needs the thread that is held up
+        if not trainer.is_last_batch:
+            self.io._engine._started().pool.submit(self.go.wait)
+
+    def look(self) -> None:
+        saves = self.io._engine._under_way
+        self.late += bool(saves) and saves[-1].staging is not None and not saves[-1].staging.done()
+        self.go.set()
+
+
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return set(found) == set(expected) and all(same(found[k], expected[k]) for k in expected)
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+def fit(folder: Path, net: Net, io: Any, *callbacks: Callback, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    trainer = Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, plugins=io,
+        default_root_dir=folder, num_sanity_val_steps=0,
+        callbacks=[*callbacks, ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)], **options,
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(torch.randn(24, 8)), batch_size=4)
+    trainer.fit(net, data, data if options.get("val_check_interval") else None)
+    return trainer
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "for-loop": (lambda: Net(lambda p: torch.optim.AdamW(p, foreach=False)), {}),
+    "foreach": (lambda: Net(lambda p: torch.optim.AdamW(p, foreach=True)), {}),
+    "fused": (lambda: Net(lambda p: torch.optim.AdamW(p, fused=True)), {}),
+    "LBFGS": (lambda: Net(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=2)), {}),
+    "GradScaler": (lambda: Net(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)), {"precision": "16-mixed"}),
+    "clipping": (Net, {"gradient_clip_val": 0.1}),
+    "accumulation": (Net, {"accumulate_grad_batches": 2}),
+    "manual": (Manual, {}),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_copy_is_late_and_of_the_moment_of_the_save(tmp_path: Path, case: str) -> None:
+    make, options = CASES[case]
+    io = SnapshotCheckpointIO(lazy=True, threads=1)
+    held, net = Held(io), make()
+    net.held = held
+    trainer = fit(tmp_path, net, io, held, **options)
+    saves = len(list(tmp_path.glob("step=*")))
+    assert saves == trainer.global_step and held.late == saves - 1, "the last is followed by no step"
+    for step in range(1, saves + 1):
+        expected = held.expected[step]
+        found = io.load_checkpoint(tmp_path / f"step={step}.ckpt")
+        assert same(found["state_dict"], expected["state_dict"]), step
+        assert same(found["optimizer_states"], expected["optimizer"]), step
+
+
+# ---- at once, where it cannot be known ------------------------------------------------------------------------------
+
+
+class Saves(Callback):
+    """Saves by hand in a hook, and writes to weights in the same one."""
+
+    def __init__(self) -> None:
+        self.saved: list[Any] = []
+        self.expected: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.expected.append(pl_module.layers[0].weight.detach().clone())
+        self.saved.append(trainer.save_checkpoint(f"{trainer.default_root_dir}/own-{trainer.global_step}"))
+        pl_module.layers[0].weight.data.mul_(0.5)
+
+
+def test_a_save_of_the_users_own_hook_is_copied_at_once(tmp_path: Path) -> None:
+    io, saves = SnapshotCheckpointIO(lazy=True), Saves()
+    fit(tmp_path, Net(), io, saves)
+    for step, (save, expected) in enumerate(zip(saves.saved, saves.expected, strict=True), start=1):
+        assert save.staging is None
+        assert torch.equal(io.load_checkpoint(tmp_path / f"own-{step}")["state_dict"]["layers.0.weight"], expected)
+
+
+class Clamps(Callback):
+    """Writes to weights through `.data`, which nothing but a comparison of bytes would find."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.clamp_(-0.1, 0.1)
+
+
+def test_the_copy_is_finished_before_a_hook_of_the_user(tmp_path: Path) -> None:
+    io = SnapshotCheckpointIO(lazy=True)
+    fit(tmp_path, Net(), io, Clamps())  # a torn copy would fail its save
+    assert len(io.list(tmp_path)) == 6
+
+
+def test_averages_are_put_in_and_out_of_the_weights_between_saves(tmp_path: Path) -> None:
+    io = SnapshotCheckpointIO(lazy=True)
+    fit(tmp_path, Net(), io, EMAWeightAveraging(decay=0.5), val_check_interval=2)
+    assert len(io.list(tmp_path)) == 6
+
+
+def optimizers_that_are_refused() -> dict[str, Any]:
+    class Own(torch.optim.SGD):
+        """Another's: it may write to parameters in methods of any name."""
+
+    def compiled(parameters: Any) -> Any:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        return optimizer
+
+    def in_backward(parameters: Any) -> Any:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(lambda p: None)
+        return optimizer
+
+    return {
+        "own class": lambda p: Own(p, lr=0.1),
+        "compiled step": compiled,
+        "in backward": in_backward,
+        "CUDA graphs": lambda p: torch.optim.AdamW(p, capturable=True, foreach=False),
+    }
+
+
+@pytest.mark.parametrize("name", list(optimizers_that_are_refused()))
+def test_what_cannot_be_vouched_for_is_copied_at_once(name: str) -> None:
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)]
+    assert set(changed_by_steps([torch.optim.SGD(parameters)])) == {parameters[0].data_ptr()}
+    assert not changed_by_steps([optimizers_that_are_refused()[name](parameters[:1])])
+
+
+def test_a_scheduler_on_the_optimizer_does_not_matter() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert changed_by_steps([optimizer])
