@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from milepost.engine import torch_file
+from milepost.engine import torch_file, values
+from milepost.engine.requests import CHUNK_BYTES
 from milepost.format import sealed
 from milepost.plugins import TorchCheckpointIO
 
@@ -50,17 +53,69 @@ def test_torch_and_zip_tools_find_it_sound(tmp_path: Path, name: str) -> None:
         assert path.stat().st_size < 1.01 * (state["big"].nbytes + state["b"].nbytes + 5000)
 
 
-def test_it_is_what_torch_itself_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", list(states()))
+def test_it_is_what_torch_itself_writes(tmp_path: Path, name: str) -> None:
+    assert_as_torch_writes(states()[name], tmp_path)
+
+
+def assert_as_torch_writes(state: Any, folder: Path) -> None:
     """Record for record, the checksums too; the seal is added, and an identifier is of the archive without tensors."""
-    state = states()["small"]
-    path, theirs = tmp_path / "a.ckpt", io.BytesIO()
-    TorchCheckpointIO().save_checkpoint(state, path)
-    torch.save(state, theirs)
+    path, theirs = folder / "a.ckpt", io.BytesIO()
+    TorchCheckpointIO(allow_pickle=True).save_checkpoint(state, path)
+    torch.save(values.to_plain(state, warn=False), theirs)
     with zipfile.ZipFile(path) as ours, zipfile.ZipFile(theirs) as other:
         mine = {i.filename.split("/", 1)[1]: (ours.read(i), i.CRC) for i in ours.infolist()}
         expected = {i.filename.split("/", 1)[1]: (other.read(i), i.CRC) for i in other.infolist()}
     assert set(mine) - set(expected) == {"milepost/seal"}
     assert {r for r, content in expected.items() if mine[r] != content} <= {".data/serialization_id"}
+
+
+class Holder:
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self.tensor = tensor
+
+
+def hidden() -> dict[str, tuple[dict[str, Any], bool]]:
+    """States in which tensors may be where a walk through the containers does not see them; and whether they are."""
+    w, x, attributed = torch.ones(4), torch.zeros(4), nn.Parameter(torch.full((4,), 2.0))
+    attributed.average = w  # type: ignore[attr-defined]  # pickled with the parameter, before `x`
+    on_dict = OrderedDict(x=x)
+    on_dict._metadata = {"kept": w}  # type: ignore[attr-defined]
+    return {
+        "in an object": ({"odd": Holder(w), "x": x, "w": w}, True),
+        "on a parameter": ({"p": attributed, "x": x, "w": w}, True),
+        "in a set": ({"s": {w}, "x": x, "w": w}, True),
+        "on a dict": ({"d": on_dict, "w": w}, False),
+        "an object without": ({"odd": Holder(None), "x": x, "w": w}, False),
+        "many times": ({"w": w, "again": [w, (w, {"x": x})], "view": w[1:], "x": x, "none": torch.empty(0)}, False),
+    }
+
+
+@pytest.mark.parametrize("name", list(hidden()))
+def test_no_record_gets_the_bytes_of_another(tmp_path: Path, name: str) -> None:
+    state, through_torch = hidden()[name]
+    assert (torch_file.image_of(values.to_plain(state, warn=False)) is None) == through_torch
+    assert_as_torch_writes(state, tmp_path)
+
+
+def test_every_byte_is_read_once_for_its_checksum(tmp_path: Path) -> None:
+    """But for what another thread has in hand when the end of a record is written: none, where one thread writes."""
+    state = states()["several chunks"]
+    image = torch_file.image_of(state)
+    assert image is not None
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    chunks = [
+        bytes(image.view(start, min(start + CHUNK_BYTES, image.size), buffer))
+        for start in range(0, image.size, CHUNK_BYTES)
+    ]
+    assert image.bytes_read_again == 0 and len(chunks) > 2
+    late = torch_file.image_of(state)
+    assert late is not None
+    for number in reversed(range(len(chunks))):  # the end of the record first: all that is before it is read for it
+        start = number * CHUNK_BYTES
+        found = bytes(late.view(start, min(start + CHUNK_BYTES, image.size), buffer))
+        assert found == chunks[number]
+    assert 0 < late.bytes_read_again < image.size
 
 
 def assert_equal(found: Any, expected: Any) -> None:
@@ -89,8 +144,3 @@ def test_a_tensor_inside_a_pickled_object_goes_through_torch(tmp_path: Path) -> 
     assert torch_file.image_of({"odd": holder, "w": torch.ones(3)}) is None
     TorchCheckpointIO(allow_pickle=True).save_checkpoint({"odd": holder, "w": torch.ones(3)}, tmp_path / "a.ckpt")
     assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=False)["odd"].tensor, torch.arange(5))
-
-
-class Holder:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
