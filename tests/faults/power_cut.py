@@ -9,13 +9,11 @@ As a command: ``python tests/faults/power_cut.py --trials 200``.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import mmap
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,46 +21,7 @@ from pathlib import Path
 
 from killed_saver import check, loop
 
-_SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: _IOR('X', 125, __u32)
-_WITHOUT_THE_LOG = (2).to_bytes(4, sys.byteorder)
-
-
-class Disk:
-    """A small ext4 in a file.
-
-    Raises:
-        OSError: it cannot be made or mounted here.
-    """
-
-    def __init__(self, place: Path) -> None:
-        self.image, self.mounted = place / "disk.img", place / "mounted"
-        self.mounted.mkdir()
-        with self.image.open("wb") as file:
-            file.truncate(96 << 20)
-        self._run("mkfs.ext4", "-q", "-F", str(self.image))
-        self.mount()
-
-    def mount(self) -> None:
-        self._run("mount", "-o", "loop", str(self.image), str(self.mounted))
-
-    def unmount(self) -> None:
-        self._run("umount", str(self.mounted))
-
-    def cut(self) -> None:
-        """The power goes: nothing that is not on the disk now gets there."""
-        descriptor = os.open(self.mounted, os.O_RDONLY)
-        try:
-            fcntl.ioctl(descriptor, _SHUTDOWN, _WITHOUT_THE_LOG)
-        finally:
-            os.close(descriptor)
-
-    def _run(self, *command: str) -> None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            raise OSError(f"there is no {command[0]}") from error
-        if done.returncode:
-            raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+from milepost.testing.disks import Disk
 
 
 def trial(disk: Disk, newest: int, number: int, draw: random.Random) -> tuple[int, int]:

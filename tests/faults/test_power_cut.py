@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from power_cut import Disk, trials
+from power_cut import trials
+
+from milepost.testing.disks import Disk
 
 
 @pytest.fixture
@@ -26,7 +28,5 @@ def test_nothing_that_was_acknowledged_is_lost(disk: Disk) -> None:
 def test_what_was_not_made_durable_is_lost_or_the_test_above_shows_nothing(disk: Disk) -> None:
     path = disk.mounted / "file"
     path.write_bytes(b"x" * 100_000)
-    disk.cut()
-    disk.unmount()
-    disk.mount()
+    disk.cut_and_mounted_again()
     assert not path.exists() or path.read_bytes() != b"x" * 100_000

@@ -11,7 +11,8 @@ import ctypes
 import errno
 import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 ALIGN_BYTES = 4096
@@ -62,6 +63,7 @@ class LocalStore:
 
     def __init__(self) -> None:
         self._buffered: set[int] = set()
+        self._paths: dict[int, str] = {}  # of open files: the system's errors about a descriptor do not name it
 
     def make_directory(self, path: str) -> None:
         os.mkdir(path)  # noqa: PTH102  # this module is where the calls are made
@@ -81,9 +83,11 @@ class LocalStore:
         if descriptor < 0:
             descriptor = os.open(path, flags, 0o644)
             self._buffered.add(descriptor)
+        self._paths[descriptor] = path if self._created else os.path.realpath(path)
         try:
-            if size:
-                _reserve(descriptor, size)
+            with self._naming(descriptor):
+                if size:
+                    _reserve(descriptor, size)
         except BaseException:
             self.abandon(descriptor)
             raise
@@ -95,7 +99,8 @@ class LocalStore:
             self._leave_direct(descriptor)
         while data:
             try:
-                written = os.pwrite(descriptor, data, offset)
+                with self._naming(descriptor):
+                    written = os.pwrite(descriptor, data, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL or descriptor in self._buffered:
                     raise
@@ -107,15 +112,17 @@ class LocalStore:
 
     def finish(self, descriptor: int, size: int) -> None:
         try:
-            os.ftruncate(descriptor, size)
-            if self._created:
-                os.fchmod(descriptor, 0o444)
-            os.fsync(descriptor)
+            with self._naming(descriptor):
+                os.ftruncate(descriptor, size)
+                if self._created:
+                    os.fchmod(descriptor, 0o444)
+                os.fsync(descriptor)
         finally:
             self.abandon(descriptor)
 
     def abandon(self, descriptor: int) -> None:
         self._buffered.discard(descriptor)
+        self._paths.pop(descriptor, None)
         os.close(descriptor)
 
     def link(self, source: str, target: str) -> None:
@@ -137,8 +144,19 @@ class LocalStore:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            error.filename = path
+            raise
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def _naming(self, descriptor: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = self._paths.get(descriptor)
+            raise
 
     def _leave_direct(self, descriptor: int) -> None:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)

@@ -8,6 +8,7 @@ _NAMES = {
     "Fault": "milepost.testing.faulty_store",
     "FaultyStore": "milepost.testing.faulty_store",
     "RecordingStore": "milepost.testing.recording",
+    "StoreTests": "milepost.testing.store",
     "crash_states": "milepost.testing.crashes",
 }
 __all__ = sorted(_NAMES)
