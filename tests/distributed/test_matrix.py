@@ -1,0 +1,173 @@
+"""Saved in any layout, loaded in any layout: equal bit for bit, and no piece read that is not needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matrix
+import pytest
+import shard_writer
+import torch
+import torch.multiprocessing as mp
+
+from milepost import _distributed
+from milepost._distributed import OfAllRanks
+from milepost.engine.directory import DirectoryEngine
+from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.restore import collect, restore
+from milepost.errors import CheckpointCorruptError
+
+DAMAGED = "damaged"
+
+
+def save(folder: Path, layout: str) -> None:
+    run = matrix.Run(layout, seed=1)
+    for _ in range(2):
+        run.train()
+    rank, ranks = _distributed.rank(), _distributed.world_size()
+    shard_writer.write(folder / layout, collect(run.state), 2, [{"rank": rank}], rank, ranks)
+    whole = run.whole()
+    if rank == 0:
+        torch.save(whole, folder / f"{layout}.pt")
+    (folder / f"{layout} {rank}.loss").write_text(str(run.train()))
+
+
+def load(folder: Path, layout: str) -> None:
+    """All savers' checkpoints, one after the other. What was found is written down for the tests."""
+    engine, found = DirectoryEngine(), {}
+    for saver in matrix.SAVERS:
+        run = matrix.Run(layout, seed=5)
+        state = {**run.state, "own": None}
+        with engine.open(folder / saver) as stored:
+            restore(engine, stored, state)
+            read = matrix.pieces_read(stored)
+            indexes = len(stored._indexes)
+            needed = matrix.pieces_needed(stored, matrix.by_name(collect(run.state)))
+        whole, expected = run.whole(), torch.load(folder / f"{saver}.pt")
+        found[saver] = {
+            "unequal": [n for n in expected if n not in whole or not torch.equal(whole[n], expected[n])],
+            "more": sorted(set(whole) - set(expected)),
+            "twice": [piece for piece, times in read.items() if times > 1],
+            "not needed": sorted(set(read) - needed),
+            "pieces": len(read),
+            "indexes": indexes,
+            "own": repr(state["own"]),
+            "loss": run.train(),
+        }
+    (folder / f"loaded {layout} {_distributed.rank()}.json").write_text(json.dumps(found))
+    engine.close()
+
+
+def load_damaged(folder: Path, layout: str) -> None:
+    """A checkpoint in which one bit of rank 3's part of the embedding is flipped."""
+    rank, found = _distributed.rank(), None
+    if rank == 0:
+        shutil.copytree(folder / "fsdp4", folder / DAMAGED)
+        flip(folder / DAMAGED / "model-r00003.safetensors", "embedding.weight")
+    torch.distributed.barrier()
+    run = matrix.Run(layout, seed=5)
+    engine = DirectoryEngine()
+    try:
+        with engine.open(folder / DAMAGED) as stored:
+            restore(engine, stored, run.state)
+    except CheckpointCorruptError as error:
+        found = {"tensor": error.tensor, "range": error.byte_range, "path": str(error.path)}
+    (folder / f"damaged {layout} {rank}.json").write_text(json.dumps(found))
+    engine.close()
+
+
+def flip(blob: Path, name: str) -> int:
+    """Flip a bit in the middle of a tensor. Returns where."""
+    index = json.loads(blob.with_name(blob.name.replace(".safetensors", ".index.json")).read_bytes())
+    row = next(n for n, each in enumerate(index["names"]) if each.startswith(name))
+    at = index["starts"][row] + 10
+    data = bytearray(blob.read_bytes())
+    data[at] ^= 8
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    return at
+
+
+PHASES = [
+    *((f"save: {name}", size, save) for name, size in matrix.SAVERS.items()),
+    *((f"load: {name}", size, load) for name, size in matrix.LOADERS.items()),
+    ("damaged: fsdp4", 4, load_damaged),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    made: Path = tmp_path_factory.mktemp("matrix")
+    mp.spawn(matrix.one_process, (made, PHASES), nprocs=4)
+    return made
+
+
+def results(folder: Path, loader: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for rank in range(matrix.LOADERS[loader]):
+        yield rank, json.loads((folder / f"loaded {loader} {rank}.json").read_text())
+
+
+@pytest.mark.parametrize("loader", matrix.LOADERS)
+@pytest.mark.parametrize("saver", matrix.SAVERS)
+def test_any_layout_is_loaded_by_any_layout(folder: Path, saver: str, loader: str) -> None:
+    for _, by_saver in results(folder, loader):
+        result = by_saver[saver]
+        assert (result["unequal"], result["more"]) == ([], [])
+        assert (result["twice"], result["not needed"]) == ([], [])
+        assert result["pieces"] > 0
+        if saver == loader:  # training goes on as it does where it was saved
+            assert result["loss"] == float((folder / f"{saver} 0.loss").read_text())
+
+
+def test_a_rank_that_loads_what_it_saved_reads_no_index_of_another_but_for_what_is_replicated(folder: Path) -> None:
+    for rank, by_saver in results(folder, "fsdp4"):
+        assert by_saver["fsdp4"]["indexes"] == (2 if rank == 0 else 4)
+        assert by_saver["single"]["indexes"] == 2
+
+
+def test_each_rank_gets_its_own_values_and_another_number_of_ranks_gets_all(folder: Path) -> None:
+    for rank, by_saver in results(folder, "fsdp4"):
+        assert by_saver["fsdp2 tp2"]["own"] == repr([{"rank": rank}])
+        assert by_saver["fsdp2"]["own"] == repr([OfAllRanks(({"rank": 0}, {"rank": 1}))])
+
+
+def test_damage_is_named_by_the_rank_that_needs_the_piece(folder: Path) -> None:
+    found = [json.loads((folder / f"damaged fsdp4 {rank}.json").read_text()) for rank in range(4)]
+    assert found[:3] == [None, None, None]
+    assert found[3]["tensor"].startswith("model.embedding.weight[") and found[3]["path"].endswith(
+        "model-r00003.safetensors"
+    )
+
+
+@pytest.mark.parametrize("saver", ["fsdp4", "fsdp2 tp2"])
+def test_one_process_assembles_what_many_saved(folder: Path, saver: str) -> None:
+    engine = DirectoryEngine()
+    state = engine.load(folder / saver)
+    expected = torch.load(folder / f"{saver}.pt")
+    assert all(torch.equal(tensor, expected[f"model.{name}"]) for name, tensor in state["model"].items())
+    moments = [item["exp_avg"] for item in state["optimizer"]["state"].values()]
+    assert sum(m.numel() for m in moments) == sum(t.numel() for n, t in expected.items() if n.endswith(".exp_avg"))
+    engine.verify(folder / saver)
+    engine.close()
+
+
+def test_every_blob_of_every_rank_is_verified(folder: Path, tmp_path: Path) -> None:
+    engine = DirectoryEngine()
+    with StoredCheckpoint(folder / "fsdp4") as stored:
+        blobs = [blob.name for blob in stored.head.blobs]
+    assert len(blobs) == 8
+    for number, name in enumerate(blobs):
+        damaged = tmp_path / str(number)
+        shutil.copytree(folder / "fsdp4", damaged)
+        tensor = "state.0.exp_avg" if name.startswith("optimizer") else "embedding"
+        at = flip(damaged / name, tensor)
+        for use in (engine.verify, engine.load):
+            with pytest.raises(CheckpointCorruptError, match=f"{tensor}.*\\[") as caught:
+                use(damaged)
+            low, high = caught.value.byte_range
+            assert low <= at < high and str(caught.value.path).endswith(name)
+    engine.close()
