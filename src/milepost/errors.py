@@ -128,15 +128,19 @@ class CheckpointSaveError(CheckpointError, OSError):
     Attributes:
         path: the destination.
         step: ``global_step`` of the checkpoint, or None where it has none.
+        rank: that failed, where several save together; None where one saves alone.
         others: further saves in the background that failed and are reported with this one.
     """
 
     kind = "save_failed"
 
-    def __init__(self, message: str, *, path: str | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, path: str | None = None, step: int | None = None, rank: int | None = None
+    ) -> None:
         super().__init__(message)
         self.path = path
         self.step = step
+        self.rank = rank
         self.others: tuple[CheckpointSaveError, ...] = ()
 
 

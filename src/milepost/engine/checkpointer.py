@@ -19,6 +19,7 @@ from milepost.engine.report import RestoreReport
 from milepost.engine.restore import collect, restore
 from milepost.engine.retention import Entry, KeepBest, Mode, Retention, Rule
 from milepost.engine.save import Committed
+from milepost.engine.votes import Ranks
 from milepost.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -62,6 +63,11 @@ class Checkpointer:
         mode: whether its smallest or its largest value is the best.
         threads: that copy, digest and write.
         store: what makes the calls to the file system; those of `milepost.testing` record them or make them fail.
+        ranks: that save together: each of them makes the same calls with the same directory, writes what is its own,
+            and is told the same outcome. ``"auto"``: those of torch's process group, if there is one of several. None:
+            this one alone.
+        rank_deadline_seconds: how long one of them may go without getting on, or be later than another, before the save
+            is given up on all.
 
     Raises:
         MisconfigurationException: an argument that cannot work.
@@ -79,6 +85,8 @@ class Checkpointer:
         mode: Mode = "min",
         threads: int = 2,
         store: Store | None = None,
+        ranks: Ranks | Literal["auto"] | None = "auto",
+        rank_deadline_seconds: float = 60.0,
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise MisconfigurationException(f"on_busy={on_busy!r}: use 'wait' or 'skip'.")
@@ -98,7 +106,8 @@ class Checkpointer:
         self._background = background
         self._lazy = lazy
         self._on_busy = on_busy
-        self._engine = DirectoryEngine(store, threads)
+        together = Ranks.of_process_group(rank_deadline_seconds) if ranks == "auto" else ranks
+        self._engine = DirectoryEngine(store, threads, together)
         self._newest: DirectorySave | None = None
         self.report: RestoreReport | None = None
         """What the last `restore` took and what it left; None where it found no checkpoint."""
@@ -126,7 +135,7 @@ class Checkpointer:
         """
         if step < 0:
             raise MisconfigurationException(f"step={step!r}: give 0 or more.")
-        if self._on_busy == "skip" and self._newest is not None and not self._newest.done():
+        if self._on_busy == "skip" and self._newest is not None and self._is_busy(self._newest, step):
             return self._newest
         saved = self._engine.save(
             self.path(step),
@@ -141,6 +150,13 @@ class Checkpointer:
         if wait:
             saved.result()
         return saved
+
+    def _is_busy(self, newest: DirectorySave, step: int) -> bool:
+        """Whether the save before is still being written. Of several ranks the first decides, and the others ask."""
+        ranks = self._engine.ranks
+        if ranks is None:
+            return not newest.done()
+        return ranks.meeting(f"{self.path(step)} busy").decided(not newest.done())
 
     def prepare(self, state: Mapping[str, Any]) -> int:
         """Have the host memory for saves of `state` in the background before the first one. Returns its bytes."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from milepost import _distributed
@@ -19,16 +20,20 @@ from milepost.engine.loading import owned_tree, read_tensors
 from milepost.engine.locating import Located, Ref
 from milepost.engine.plan_memory import PlanMemory
 from milepost.engine.planner import Earlier
+from milepost.engine.rank_blobs import RankPlanMemory
+from milepost.engine.rank_save import RankSaving
 from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Image
 from milepost.engine.save import Committed, Saving
 from milepost.engine.staging import Arena, LiveImage, Source
 from milepost.engine.state import Flattened, rebuild, references
+from milepost.engine.votes import Meeting, RankFailure, Ranks
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, CheckpointSaveError
 from milepost.storage.store import LocalStore, Store
 
 _T = TypeVar("_T")
+_Write = Callable[[Sequence[Image]], Committed]
 
 
 class DirectorySave:
@@ -38,6 +43,7 @@ class DirectorySave:
         self.path = path
         self.step = step
         self.staging: Future[None] | None = None
+        self.meeting: Meeting | None = None
         self._future: Future[Committed] = Future()
         self._told = False
 
@@ -49,6 +55,11 @@ class DirectorySave:
         """
         if self.staging is not None:
             self.staging.exception(timeout)
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the other ranks of an error that they cannot know of, if there are any."""
+        if self.meeting is not None:
+            self.meeting.refuse(error)
 
     def done(self) -> bool:
         """Whether it has ended, well or badly. Never blocks."""
@@ -78,15 +89,18 @@ class DirectoryEngine:
     Args:
         store: the file system; another one is for tests.
         threads: that copy, digest and write. Two saturate a disk of a few GB/s.
+        ranks: that save together: each of them makes the same calls, and writes what is its own. None: this one alone.
     """
 
-    def __init__(self, store: Store | None = None, threads: int = 2) -> None:
+    def __init__(self, store: Store | None = None, threads: int = 2, ranks: Ranks | None = None) -> None:
         self.store = store or LocalStore()
         self._threads = threads
         self._workers: Workers | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._arena = Arena()
         self._plans = PlanMemory()
+        self.ranks = ranks
+        self._rank_plans = None if ranks is None else RankPlanMemory(ranks.rank, ranks.world_size)
         self._gate = StepGate()
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
@@ -124,18 +138,35 @@ class DirectoryEngine:
             CheckpointSaveError: of an earlier save in the background that nobody was told of; or of this one.
             UnencodableValueError: a value in `state` cannot be stored as data.
         """
-        self.raise_failed()
         target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
-        with collector_paused():
-            flattened = Flattened(state, pickled)
-            plans = self._plans.plans(flattened)
         save = DirectorySave(target, step)
+        if self.ranks is not None:
+            save.meeting = self.ranks.meeting(f"{target} {step}")
+        try:
+            self._save(save, state, dict(metrics or {}), background, lazy or {}, pickled, then)
+        except BaseException as error:
+            save.refuse(error)
+            raise
+        return save
+
+    def _save(
+        self,
+        save: DirectorySave,
+        state: Mapping[str, Any],
+        metrics: dict[str, float],
+        background: bool,
+        lazy: Mapping[int, int],
+        pickled: Callable[[str, Any], None] | None,
+        then: Callable[[Committed], None] | None,
+    ) -> None:
+        self.raise_failed()
+        with collector_paused():
+            plans, write = self._planned(save, Flattened(state, pickled, ranks=self.ranks is not None), metrics)
         if not background:
             self._drain()
-            images: list[Image] = [LiveImage(Source(plan)) for plan in plans]
-            self._run(save, flattened, plans, images, dict(metrics or {}), then)
+            self._run(save, write, [LiveImage(Source(plan)) for plan in plans], then)
             save.result()
-            return save
+            return
         self._drain()  # the arena holds the snapshot that is being written
         self.raise_failed()
         workers = self._started()
@@ -146,12 +177,11 @@ class DirectoryEngine:
             save.staging = copying.future
         self._under_way.append(save)
         assert self._writer is not None
-        self._writer.submit(self._run, save, flattened, plans, [*staged], dict(metrics or {}), then)
-        return save
+        self._writer.submit(self._run, save, write, [*staged], then)
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Find what a save could only pickle; nothing is written. Raises UnencodableValueError with the key path."""
-        Flattened(state)
+        Flattened(state, ranks=self.ranks is not None)
 
     def prepare(self, state: Mapping[str, Any]) -> int:
         """Have the host memory that a save of `state` in the background needs. Returns its size in bytes.
@@ -159,33 +189,58 @@ class DirectoryEngine:
         Without it the first save gets that memory, which takes longer than the copy.
         """
         self._drain()
-        self._arena.reserve(self._plans.plans(Flattened(state)))
+        flattened = Flattened(state, ranks=self.ranks is not None)
+        if self._rank_plans is None:
+            self._arena.reserve(self._plans.plans(flattened))
+        else:
+            self._arena.reserve(self._rank_plans.plan(flattened).bound(flattened))
         self._arena.touch()
         return self._arena.size
+
+    def _planned(
+        self, save: DirectorySave, flattened: Flattened, metrics: dict[str, float]
+    ) -> tuple[list[BlobPlan], _Write]:
+        """The blobs that this rank writes, and what writes them and commits."""
+        if save.meeting is None or self._rank_plans is None:
+            plans = self._plans.plans(flattened)
+
+            def alone(images: Sequence[Image]) -> Committed:
+                self._make_ready(os.path.dirname(save.path))  # noqa: PTH120
+                saving = Saving(self.store, self._started(), plans, images, self._last)
+                return saving.run(flattened, save.path, save.step, metrics)
+
+            return plans, alone
+        blobs = self._rank_plans.plan(flattened)
+        plans = blobs.bound(flattened)
+        meeting = save.meeting
+
+        def together(images: Sequence[Image]) -> Committed:
+            saving = RankSaving(self.store, self._started(), flattened, blobs, plans, images, self._last, meeting)
+            return saving.run(save.path, save.step, metrics)
+
+        return plans, together
+
+    def _make_ready(self, parent: str) -> None:
+        if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
+            make_parents(self.store, parent)
+            self._durable.add(parent)
+        sweep(self.store, parent)
 
     def _run(
         self,
         save: DirectorySave,
-        flattened: Flattened,
-        plans: list[BlobPlan],
-        images: list[Image],
-        metrics: dict[str, float],
+        write: _Write,
+        images: Sequence[Image],
         then: Callable[[Committed], None] | None,
     ) -> None:
         try:
             if save.staging is not None:
                 save.staging.result()
-            parent = os.path.dirname(save.path)  # noqa: PTH120
-            if parent not in self._durable or not os.path.isdir(parent):  # noqa: PTH112
-                make_parents(self.store, parent)
-                self._durable.add(parent)
-            sweep(self.store, parent)
-            saving = Saving(self.store, self._started(), flattened, plans, images)
-            committed = saving.run(save.path, save.step, metrics, self._last)
-            self._last = committed
-            if then is not None:
+            committed = self._last = write(images)
+            if then is not None and (self.ranks is None or self.ranks.rank == 0):
                 then(committed)
         except BaseException as error:
+            save.refuse(error)
             save._future.set_exception(_as_save_error(error, save))
         else:
             save._future.set_result(committed)
@@ -328,11 +383,15 @@ class DirectoryEngine:
         return True
 
     def adopt(self, path: str | os.PathLike[str]) -> None:
-        """Let the next save use again what is unchanged since the checkpoint at `path`."""
+        """Let the next save use again what is unchanged since the checkpoint at `path`, and this rank has written."""
+        rank = msgspec.UNSET if self.ranks is None else self.ranks.rank
         with self.open(path) as stored:
+            if self.ranks is not None and stored.head.world_size != self.ranks.world_size:
+                return
             blobs = tuple(
                 Earlier(f"{stored.path}/{blob.name}", blob, stored.index(number))
                 for number, blob in enumerate(stored.head.blobs)
+                if blob.rank == rank
             )
             self._last = Committed(stored.path, stored.head, blobs, stored.identities())
 
@@ -340,11 +399,17 @@ class DirectoryEngine:
 def _as_save_error(error: BaseException, save: DirectorySave) -> BaseException:
     if isinstance(error, CheckpointError) or not isinstance(error, Exception):
         return error
+    rank = None if save.meeting is None else save.meeting.ranks.rank
+    cause = f"{type(error).__name__}: {error}"
+    if isinstance(error, RankFailure):
+        rank, cause = error.rank, error.cause
+    where = "" if rank is None else f" on rank {rank}"
     made = CheckpointSaveError(
-        f"Saving the checkpoint of step {save.step} to {save.path!r} failed: {type(error).__name__}: {error}. What was"
-        " there before is intact; free space or fix the permissions of the directory, or give another one.",
+        f"Saving the checkpoint of step {save.step} to {save.path!r} failed{where}: {cause}. What was there before is"
+        " intact; free space or fix the permissions of the directory, or give another one.",
         path=save.path,
         step=save.step,
+        rank=rank,
     )
     made.__cause__ = error
     return made

@@ -23,6 +23,8 @@ VERIFY_EVERY = 8
 _OWN_FILE_BYTES = 1 << 20
 _OWN_FILES = 12  # the head of 8 kB has room for so many, and for the delta of each
 _WEIGHTS = "model"
+OF_RANK = "rank"
+"""Stem of the files of tensors in values that are each rank's own; their group has a dot behind it."""
 _DELTA_SHARE = 0.5
 _SAMPLES = 32
 _SAMPLE_BYTES = 4096
@@ -39,6 +41,11 @@ class Earlier:
 
 def plan_groups(leaves: Sequence[Leaf]) -> list[BlobPlan]:
     """The blobs of a state: the weights and each other large group in a file of its own, the small ones in one."""
+    return [plan_blob(name, group, members) for name, group, members in files_of(leaves)]
+
+
+def files_of(leaves: Sequence[Leaf]) -> list[tuple[str, str, list[Leaf]]]:
+    """Which leaves share a file: its name, its group, and the leaves, named as they are in it."""
     groups: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         groups.setdefault(leaf.group, []).append(leaf)
@@ -49,9 +56,9 @@ def plan_groups(leaves: Sequence[Leaf]) -> list[BlobPlan]:
         if group not in own
         for leaf in members
     ]
-    taken: set[str] = {"tree", "rest"}
-    plans = [plan_blob(_file_name(group or _WEIGHTS, taken), group, groups[group]) for group in own]
-    return [*plans, plan_blob("rest.safetensors", "rest.", rest)] if rest else plans
+    taken: set[str] = {"tree", "rest", OF_RANK}
+    files = [(_file_name(group or _WEIGHTS, taken), group, groups[group]) for group in own]
+    return [*files, ("rest.safetensors", "rest.", rest)] if rest else files
 
 
 def _own_files(groups: dict[str, list[Leaf]]) -> list[str]:
@@ -83,7 +90,7 @@ def part_of_plan(plan: BlobPlan, name: str, rows: Sequence[int]) -> BlobPlan:
 def index_of(plan: BlobPlan, digests: str) -> Index:
     """The index of a blob whose pieces have these digests."""
     entries = plan.layout.entries
-    strides, stored_as = _exceptions(plan)
+    strides, stored_as, boxes = _exceptions(plan)
     return Index(
         version=1,
         bytes=plan.layout.size,
@@ -94,17 +101,25 @@ def index_of(plan: BlobPlan, digests: str) -> Index:
         strides=strides,
         stored_as=stored_as,
         digests=digests,
+        boxes=boxes,
     )
 
 
-def _exceptions(plan: BlobPlan) -> tuple[dict[str, list[int]], dict[str, tuple[str, list[int]]]]:
-    """By row, what few tensors have: strides of their own, a type that the format has not."""
-    rows = [
-        (str(n), leaf) for n, leaf in enumerate(plan.leaves) if leaf.stride is not None or leaf.stored_as is not None
-    ]
-    strides = {row: list(leaf.stride) for row, leaf in rows if leaf.stride is not None}
-    stored_as = {row: (leaf.stored_as[0], list(leaf.stored_as[1])) for row, leaf in rows if leaf.stored_as is not None}
-    return strides, stored_as
+_Boxes = dict[str, tuple[str, list[int], list[int]]]
+
+
+def _exceptions(plan: BlobPlan) -> tuple[dict[str, list[int]], dict[str, tuple[str, list[int]]], _Boxes]:
+    """By row, what few tensors have: strides of their own, a type that the format has not; and boxes."""
+    strides, stored_as, boxes = {}, {}, {}
+    for row, leaf in enumerate(plan.leaves):
+        if leaf.stride is not None:
+            strides[str(row)] = list(leaf.stride)
+        if leaf.stored_as is not None:
+            stored_as[str(row)] = (leaf.stored_as[0], list(leaf.stored_as[1]))
+        if leaf.part_of is not None:
+            name, shape, offsets = leaf.part_of
+            boxes[str(row)] = (name, list(shape), list(offsets))
+    return strides, stored_as, boxes
 
 
 def same_structure(plan: BlobPlan, index: Index) -> bool:
@@ -113,7 +128,7 @@ def same_structure(plan: BlobPlan, index: Index) -> bool:
     if plan.layout.size != index.bytes or len(entries) != len(index.names):
         return False
     columns = zip(entries, index.names, index.dtypes, index.shapes, index.starts, strict=True)
-    return _exceptions(plan) == (index.strides, index.stored_as) and all(
+    return _exceptions(plan) == (index.strides, index.stored_as, index.boxes) and all(
         entry.name == name and entry.start == start and entry.dtype == dtype and list(entry.shape) == shape
         for entry, name, dtype, shape, start in columns
     )

@@ -116,7 +116,13 @@ class StoredCheckpoint:
         values = codec.decode(self._stored(trees[rank]), path)
         if not isinstance(values, list):
             raise CheckpointFormatError(f"{path} holds a {type(values).__name__}, not a list of values.")
-        return values
+        try:
+            found: list[Any] = codec.renumbered(
+                values, [n for n, blob in enumerate(self.head.blobs) if blob.rank == rank]
+            )
+        except IndexError:
+            raise CheckpointFormatError(f"{path} refers to a blob that rank {rank} has not written.") from None
+        return found
 
     def index(self, blob: int) -> Index:
         """The index of a blob, checked."""

@@ -33,6 +33,8 @@ class Leaf:
         shape: as stored.
         stride: where the memory is dense but not in C order, else None.
         stored_as: (torch's type, shape) where the format has no such type and the bytes are stored as U8, else None.
+        part_of: (name, shape, offsets) where it is a part of a larger tensor: that one's name and shape, and where the
+            part begins in it. Else None.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Leaf:
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None
     stored_as: tuple[str, tuple[int, ...]] | None = None
+    part_of: tuple[str, tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,15 @@ _MODULE_LOAD = nn.Module.load_state_dict
 
 def collect(state: Mapping[str, Any]) -> dict[str, Any]:
     """What is saved of `state`: for an object with `state_dict` that, else the value itself."""
-    return {key: value.state_dict() if _stateful(value) else value for key, value in state.items()}
+    return {key: _collected(value) for key, value in state.items()}
+
+
+def _collected(value: Any) -> Any:
+    if isinstance(value, PerRank):
+        return PerRank(_collected(value.value))
+    if not _stateful(value):
+        return value
+    return PerRank(value.state_dict()) if getattr(value, "per_rank", False) else value.state_dict()
 
 
 def restore(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 
@@ -44,51 +45,72 @@ class Committed:
 
 @dataclass(frozen=True)
 class _Part:
-    """A blob of the new checkpoint: linked from an earlier one, or to be written."""
+    """A blob of the new checkpoint: linked from an earlier one, or to be written.
+
+    Attributes:
+        rows: of its base, where it is a delta.
+    """
 
     name: str
     plan: BlobPlan
     image: Image | None
     link: Earlier | None
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A blob that is there and durable; its `rows` as in a `_Part`."""
+
+    earlier: Earlier
+    rows: tuple[int, ...] | None
+
+
+class Place(Protocol):
+    """The directory that a save writes into."""
+
+    def file(self, name: str) -> str:
+        """The path of a file in it."""
 
 
 class Saving:
     """Writes one state to one target directory.
 
     Args:
+        plans: with this save's tensors.
         images: for each plan its bytes: staged, or still in the tensors.
+        last: what may be linked.
     """
 
     def __init__(
         self,
         store: Store,
         workers: Workers,
-        flattened: Flattened,
         plans: Sequence[BlobPlan],
         images: Sequence[Image],
+        last: Committed | None,
     ) -> None:
         self._store = store
         self._workers = workers
-        self._flattened = flattened
         self._plans = plans
         self._images = images
-        self._known: dict[str, Identity] = {}  # by path: what of the last commit may be linked
+        self._last = last
+        self._known = {f"{last.path}/{name}": found for name, found in last.identities.items()} if last else {}
 
-    def run(
-        self, target: str, step: int, metrics: Mapping[str, float], last: Committed | None, world_size: int = 1
-    ) -> Committed:
-        """Write and commit. What is at `target` is replaced in one step.
+    def run(self, flattened: Flattened, target: str, step: int, metrics: Mapping[str, float]) -> Committed:
+        """Write and commit, as one rank. What is at `target` is replaced in one step.
 
         Raises:
             OSError: nothing was committed, and nothing is left behind.
         """
-        self._known = {f"{last.path}/{name}": found for name, found in last.identities.items()} if last else {}
-        planned = zip(self._plans, self._images, strict=True)
-        parts = [part for plan, image in planned for part in self._parts(plan, image, last)]
+        parts = self._all_parts()
         pending = PendingDirectory(self._store, target)
         try:
-            blobs = self._write_blobs(pending, parts)
-            head = self._write_rest(pending, blobs, step, metrics, last, world_size)
+            blobs = [written.earlier for written in self._write_blobs(pending, parts, msgspec.UNSET)]
+            with collector_paused():
+                tree = flattened.tree(self.places(blobs).__getitem__)
+            head = new_head(step, metrics, 1, [earlier.blob for earlier in blobs])
+            head = self.write_rest(pending, head, tree, _maps(blobs))
             identities = {name: identity(pending.file(name)) for name in head.files()}
             pending.commit()
         except BaseException:
@@ -97,11 +119,19 @@ class Saving:
         blobs = [replace(b, path=f"{target}/{b.blob.name}") for b in blobs]
         return Committed(target, head, tuple(blobs), identities)
 
+    def blobs(self, place: Place, rank: int) -> list[Written]:
+        """Write the blobs of one of several ranks, and their indexes."""
+        return self._write_blobs(place, self._all_parts(), rank)
+
     # ---- what can be used again ------------------------------------------------------------------------------------
 
-    def _parts(self, plan: BlobPlan, image: Image, last: Committed | None) -> list[_Part]:
+    def _all_parts(self) -> list[_Part]:
+        planned = zip(self._plans, self._images, strict=True)
+        return [part for plan, image in planned for part in self._parts(plan, image)]
+
+    def _parts(self, plan: BlobPlan, image: Image) -> list[_Part]:
         whole = [_Part(plan.name, plan, image, None)]
-        earlier = last.group(plan.group) if last is not None else []
+        earlier = self._last.group(plan.group) if self._last is not None else []
         if not earlier or not planner.same_structure(plan, earlier[0].index):
             return whole
         base = earlier[0]
@@ -126,7 +156,7 @@ class Saving:
             again = earlier[1].blob.saves < planner.MAX_LINKS and self._sound(earlier[1])
             if again and digests_of(delta_image, self._workers) == earlier[1].index.digests:
                 link = earlier[1]
-        return [_Part(base_name, plan, image, base), _Part(delta_name, delta, delta_image, link)]
+        return [_Part(base_name, plan, image, base), _Part(delta_name, delta, delta_image, link, tuple(rows))]
 
     def _mostly_changed(self, image: Image, base: Earlier) -> bool:
         """Whether a look at a few places finds most of them changed: then all is written without a closer look."""
@@ -166,7 +196,7 @@ class Saving:
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def _write_blobs(self, pending: PendingDirectory, parts: list[_Part]) -> list[Earlier]:
+    def _write_blobs(self, pending: Place, parts: list[_Part], rank: int | msgspec.UnsetType) -> list[Written]:
         linked: dict[str, Earlier] = {}
         to_write: list[_Part] = []
         for part in parts:
@@ -185,40 +215,31 @@ class Saving:
                 index = old.index if old is not None else planner.index_of(part.plan, digests[part.name])
             name = f"{part.name.removesuffix('.safetensors')}.index.json"
             known = None if old is None else (str(Path(old.path).parent), old.blob.index)
-            stored = self._small(pending, name, manifest.encode_index(index), known)
+            stored = self.small(pending, name, manifest.encode_index(index), known)
             saves = old.blob.saves + 1 if old is not None else 0
             verified = 0 if old is None or old.blob.verified >= planner.VERIFY_EVERY else old.blob.verified + 1
-            blob = Blob(part.name, index.bytes, stored, part.plan.group, saves, verified)
-            blobs.append(Earlier(pending.file(part.name), blob, index))
+            blob = Blob(part.name, index.bytes, stored, part.plan.group, saves, verified, rank)
+            blobs.append(Written(Earlier(pending.file(part.name), blob, index), part.rows))
         return blobs
 
-    def _write_rest(
-        self,
-        pending: PendingDirectory,
-        blobs: list[Earlier],
-        step: int,
-        metrics: Mapping[str, float],
-        last: Committed | None,
-        world_size: int,
-    ) -> Head:
+    def write_rest(self, place: Place, head: Head, tree: Any, maps: Sequence[tuple[str, bytes]] = ()) -> Head:
+        """Write the tree, the maps, and the head, last; `head` is without them."""
         with collector_paused():
-            tree = codec.encode(self._flattened.tree(self._places(blobs).__getitem__))
+            data = codec.encode(tree)
+        last = self._last
         known = {} if last is None else {old.name: (last.path, old) for old in (last.head.tree, *last.head.maps)}
-        head = Head(
-            format=manifest.FORMAT,
-            version=manifest.VERSION,
-            step=step,
-            time=time.time(),
-            metrics=manifest.metrics_as_data(metrics),
-            world_size=world_size,
-            blobs=[earlier.blob for earlier in blobs],
-            tree=self._small(pending, manifest.TREE_NAME, tree, known.get(manifest.TREE_NAME)),
-            maps=[self._small(pending, name, data, known.get(name)) for name, data in _maps(blobs)],
+        whole = msgspec.structs.replace(
+            head,
+            tree=self.small(place, manifest.TREE_NAME, data, known.get(manifest.TREE_NAME)),
+            maps=[self.small(place, name, text, known.get(name)) for name, text in maps],
         )
-        self._write(pending.file(manifest.HEAD_NAME), manifest.encode_head(head))
-        return head
+        stored, listing = manifest.encode_listing(whole)
+        if listing is not None:
+            self._write(place.file(manifest.LISTING_NAME), listing)
+        self._write(place.file(manifest.HEAD_NAME), manifest.encode_head(stored))
+        return msgspec.structs.replace(whole, listing=stored.listing)
 
-    def _places(self, blobs: list[Earlier]) -> dict[int, tuple[int, int]]:
+    def places(self, blobs: list[Earlier]) -> dict[int, tuple[int, int]]:
         """Blob and row of each leaf. A delta comes after its base, and takes the names it holds."""
         by_name: dict[tuple[str, str], tuple[int, int]] = {}
         for number, earlier in enumerate(blobs):
@@ -226,7 +247,7 @@ class Saving:
             by_name.update({(group, name): (number, row) for row, name in enumerate(earlier.index.names)})
         return {leaf.number: by_name[plan.group, leaf.name] for plan in self._plans for leaf in plan.leaves}
 
-    def _small(self, pending: PendingDirectory, name: str, data: bytes, known: tuple[str, Stored] | None) -> Stored:
+    def small(self, pending: Place, name: str, data: bytes, known: tuple[str, Stored] | None) -> Stored:
         """Write a small file, or link the one that is `known` (directory, file) where it says the same."""
         stored = Stored(name, len(data), manifest.digest(data))
         if known is not None:
@@ -259,6 +280,20 @@ class Saving:
             self._store.abandon(descriptor)
             raise
         self._store.finish(descriptor, len(data))
+
+
+def new_head(step: int, metrics: Mapping[str, float], world_size: int, blobs: list[Blob]) -> Head:
+    """The head of a save, as of now, its tree yet to be written."""
+    return Head(
+        format=manifest.FORMAT,
+        version=manifest.VERSION,
+        step=step,
+        time=time.time(),
+        metrics=manifest.metrics_as_data(metrics),
+        world_size=world_size,
+        blobs=blobs,
+        tree=Stored(manifest.TREE_NAME, 0, ""),
+    )
 
 
 @contextmanager

@@ -6,16 +6,18 @@ import math
 import pickle
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from milepost._distributed import OfAllRanks
+from milepost._distributed import OfAllRanks, PerRank
 from milepost.engine import value_classes, value_forms
 from milepost.engine.requests import Leaf
+from milepost.engine.spread import Sharded, Spreads, is_dtensor, local_tensor
 from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
+from milepost.format.boxes import Box
 from milepost.format.codec import MAX_DEPTH, PartsRef, RanksRef, Tagged, TensorRef
 from milepost.format.manifest import Index
 
@@ -28,8 +30,8 @@ DTYPES: dict[torch.dtype, str] = {
 TORCH_TYPES = {name: dtype for dtype, name in DTYPES.items()}
 _OTHERS = {str(d): d for d in (torch.complex128, torch.complex32, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)}
 
-Rows = Callable[[int], tuple[int, int]]
-"""From the number of a leaf to its blob and its row there."""
+Rows = Callable[[int], tuple[int, int] | PartsRef]
+"""From the number of a leaf to its blob and its row there, or to those of its parts."""
 
 
 Path = tuple[Any, str]
@@ -42,33 +44,72 @@ class Flattened:
     Args:
         pickled: what becomes of a value that cannot be data. None: an error. Else called with its key path, and the
             value is pickled: it is loaded only by a caller who asks for that.
+        ranks: whether several ranks save together. Else a `PerRank` value stands for what is in it, and a DTensor has
+            to be all here.
 
     Attributes:
-        tensors: of each leaf, what its bytes are taken from.
+        tensors: of each leaf, what its bytes are taken from; of one that several ranks have parts of, this rank's.
     """
 
-    def __init__(self, state: Mapping[str, Any], pickled: Callable[[str, Any], None] | None = None) -> None:
+    def __init__(
+        self, state: Mapping[str, Any], pickled: Callable[[str, Any], None] | None = None, *, ranks: bool = False
+    ) -> None:
         self._pickled = pickled
+        self._ranks = ranks
+        self._spreads = Spreads()
+        self._sharded: dict[int, Sharded] = {}  # by place
+        self._own: set[int] = set()  # places inside of values that are this rank's own
+        self._inside = False
+        self._own_values: list[Any] = []
         self._found: list[torch.Tensor] = []  # kept, so that no storage is freed, and its address used again
         self._paths: list[Path] = []
         self._tree = {key: self._walk(value, (None, str(key)), 0) for key, value in state.items()}
-        self._numbers, self._first = _tied(self._found)
+        self._numbers, self._first = _tied(self._found, self._sharded, self._own)
         self.tensors = [_storable(self._found[place]) for place in self._first]
 
     @property
     def structure(self) -> Any:
         """All that the leaves and their plans depend on: equal for two states that differ in values and addresses."""
-        return self._paths, [(t.dtype, t.shape, t.stride()) for t in self._found], self._numbers
+        tensors = [(t.dtype, t.shape, t.stride()) for t in self._found]
+        return self._paths, tensors, self._numbers, {n: found[:2] for n, found in self._sharded.items()}, self._own
 
     @cached_property
     def leaves(self) -> list[Leaf]:
         """The leaves in the order in which they were found. Naming them takes longer than finding them."""
         taken: dict[str, set[str]] = {}
+        own_names: dict[str, set[str]] = {}  # apart: the others' names must be the same on all ranks
         found = []
         for number, place in enumerate(self._first):
             group, name = _names(self._paths[place])
-            found.append(_leaf(number, self._found[place], group, _unique(name, taken.setdefault(group, set()))))
+            names = taken.setdefault(group, set()) if place not in self._own else own_names.setdefault(group, set())
+            found.append(_leaf(number, self._found[place], group, _unique(name, names)))
         return found
+
+    @property
+    def sharded(self) -> dict[int, Sharded]:
+        """By leaf, what several ranks have parts of."""
+        return {self._numbers[place]: found for place, found in self._sharded.items()}
+
+    @property
+    def own(self) -> set[int]:
+        """The leaves in values that are this rank's own."""
+        return {self._numbers[place] for place in self._own}
+
+    @property
+    def own_values(self) -> int:
+        """How many values are this rank's own."""
+        return len(self._own_values)
+
+    def narrowed(self, leaf: int, box: Box) -> torch.Tensor:
+        """A box of a leaf, as its bytes are taken; in this rank's part, where several have parts of it."""
+        tensor = self._found[self._first[leaf]]
+        for dimension, (start, length) in enumerate(zip(box.offsets, box.shape, strict=True)):
+            tensor = tensor.narrow(dimension, start, length)
+        return _storable(tensor)
+
+    def own_tree(self, place: Rows) -> list[Any]:
+        """The values that are this rank's own, as `tree` gives the others."""
+        return [_placed(value, lambda found: place(self._numbers[found])) for value in self._own_values]
 
     def tree(self, place: Rows) -> Any:
         """The tree as the codec takes it, with each leaf where `place` says it is stored."""
@@ -79,9 +120,7 @@ class Flattened:
         if kind in _PLAIN:
             return value
         if isinstance(value, torch.Tensor):
-            self._found.append(_checked(value, path))
-            self._paths.append(path)
-            return _Found(len(self._found) - 1)
+            return self._tensor(value, path)
         if depth >= MAX_DEPTH:
             raise UnencodableValueError(
                 f"The state is nested deeper than {MAX_DEPTH} levels at {_dotted(path)}.", key_path=_dotted(path)
@@ -97,6 +136,8 @@ class Flattened:
             return kind(
                 [v if type(v) in _PLAIN else self._walk(v, (path, str(n)), depth + 1) for n, v in enumerate(value)]
             )
+        if kind is PerRank:
+            return self._own_value(value.value, path, depth)
         encoded = _form_of(value)
         if encoded is None:
             where = _dotted(path)
@@ -109,6 +150,35 @@ class Flattened:
                 key_path=where,
             )
         return Tagged(self._walk(encoded, path, depth + 1))
+
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> _Found:
+        place = len(self._found)
+        if is_dtensor(tensor):
+            sharded = self._spreads.of(tensor, _dotted(path))  # type: ignore[arg-type]
+            if not self._ranks and len(sharded.spread.ranks) > 1:
+                raise UnencodableValueError(
+                    f"The tensor at {_dotted(path)} is a DTensor over {len(sharded.spread.ranks)} ranks, and one rank"
+                    " saves alone. Let all of them save together (ranks=...), or gather it first.",
+                    key_path=_dotted(path),
+                )
+            if self._ranks and not self._inside:
+                self._sharded[place] = sharded
+            tensor = local_tensor(tensor)  # type: ignore[arg-type]
+        if self._inside:
+            self._own.add(place)
+        self._found.append(_checked(tensor, path))
+        self._paths.append(path)
+        return _Found(place)
+
+    def _own_value(self, value: Any, path: Path, depth: int) -> Any:
+        if not self._ranks or self._inside:
+            return self._walk(value, path, depth)
+        self._inside = True
+        try:
+            self._own_values.append(self._walk(value, path, depth))
+        finally:
+            self._inside = False
+        return RanksRef(len(self._own_values) - 1)
 
 
 _PLAIN = frozenset((str, bool, int, float, bytes, type(None)))
@@ -159,7 +229,9 @@ def _checked(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg() if tensor.is_neg() or tensor.is_conj() else tensor
 
 
-def _tied(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
+def _tied(
+    tensors: list[torch.Tensor], sharded: Mapping[int, Sharded], own: Container[int]
+) -> tuple[list[int], list[int]]:
     """The leaf of each tensor that was found, and where each leaf was found first."""
     addresses = [tensor.data_ptr() for tensor in tensors]  # 0: no elements
     if len(set(addresses)) == len(addresses):
@@ -168,7 +240,11 @@ def _tied(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
     numbers: list[int] = []
     first: list[int] = []
     for place, (address, tensor) in enumerate(zip(addresses, tensors, strict=True)):
-        identity = (address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device) if address else place
+        identity: Any = (address, tensor.dtype, tensor.shape, tensor.stride(), tensor.device, place in own)
+        if place in sharded:  # all ranks must see the same ties, whether they hold elements of it or not
+            identity = (sharded[place], tensor.dtype, tensor.storage_offset())
+        elif not address:
+            identity = place
         number = seen.setdefault(identity, len(first))
         numbers.append(number)
         if number == len(first):
@@ -189,6 +265,13 @@ def _leaf(number: int, tensor: torch.Tensor, group: str, name: str) -> Leaf:
     if not tensor.is_contiguous() and _dense(tensor):
         stride = tuple(tensor.stride())
     return Leaf(number, group, name, dtype, shape, stride)
+
+
+def torch_type(tensor: torch.Tensor, leaf: Leaf) -> tuple[str, int]:
+    """The type of a leaf in torch's words, and the bytes of an element; `tensor` is what its bytes are taken from."""
+    if leaf.stored_as is None:
+        return str(tensor.dtype), tensor.element_size()
+    return leaf.stored_as[0], _OTHERS[leaf.stored_as[0]].itemsize
 
 
 def own_values(tree: Any, rank_tree: Callable[[int], list[Any]], rank: int | None, world_size: int) -> Any:
@@ -363,7 +446,8 @@ class _Found(int):
 def _placed(value: Any, place: Rows) -> Any:
     kind = type(value)
     if kind is _Found:
-        return TensorRef(*place(value))
+        found = place(value)
+        return found if type(found) is PartsRef else TensorRef(*found)
     if kind in (dict, OrderedDict):
         return kind((k, _placed(v, place)) for k, v in value.items())
     if kind in (list, tuple):

@@ -10,6 +10,7 @@ import binascii
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +75,24 @@ def decode(data: bytes, path: str) -> Any:
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, binascii.Error) as error:
         raise CheckpointFormatError(f"{path} is no tree of values: {error}.") from error
+
+
+def renumbered(tree: Any, numbers: Sequence[int]) -> Any:
+    """A decoded tree whose references are to the blobs of these numbers: a rank's own tree counts only its blobs.
+
+    Raises:
+        IndexError: it refers to more.
+    """
+    kind = type(tree)
+    if kind is TensorRef:
+        return TensorRef(numbers[tree.blob], tree.row)
+    if kind is PartsRef:
+        return PartsRef(tuple(numbers[blob] for blob in tree.blobs), tree.rows)
+    if kind in (dict, OrderedDict):
+        return kind((key, renumbered(value, numbers)) for key, value in tree.items())
+    if kind in (list, tuple):
+        return kind(renumbered(value, numbers) for value in tree)
+    return Tagged(renumbered(tree.data, numbers)) if kind is Tagged else tree
 
 
 def _to_json(value: Any) -> Any:

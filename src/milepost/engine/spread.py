@@ -1,0 +1,102 @@
+"""What a DTensor is on this rank: its local tensor, and how the whole one is spread over the ranks."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from milepost.engine.rank_plan import Spread
+from milepost.errors import UnencodableValueError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Sharded(NamedTuple):
+    """One tensor of several ranks, as this one sees it.
+
+    Attributes:
+        shape: of the whole.
+        storage: tells the local memory apart from others', also where it has no elements.
+    """
+
+    shape: tuple[int, ...]
+    spread: Spread
+    storage: int
+
+
+class Spreads:
+    """The spreads of meshes and placements, each worked out once: there are few, and thousands of tensors."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Spread] = {}
+
+    def of(self, tensor: DTensor, path: str) -> Sharded:
+        """Raises UnencodableValueError: it cannot be stored as it is placed; `path` says where it stands."""
+        mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+        key = (id(mesh), placements)
+        if key not in self._known:
+            self._known[key] = _spread(mesh, placements, path)
+        return Sharded(tuple(tensor.shape), self._known[key], tensor._local_tensor.untyped_storage()._cdata)
+
+
+def is_dtensor(value: torch.Tensor) -> bool:
+    """Whether it is a DTensor. Nothing is imported for that: without the module there is none."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_tensor(tensor: DTensor) -> torch.Tensor:
+    """This rank's part, in its own memory."""
+    local: Any = tensor._local_tensor
+    found: torch.Tensor = local.wait() if hasattr(local, "wait") else local  # a collective may still fill it
+    return found
+
+
+def _spread(mesh: Any, placements: tuple[Any, ...], path: str) -> Spread:
+    cuts: list[tuple[int, int]] = []
+    for axis in _in_order(placements, mesh.shape, path):
+        cuts.append((placements[axis].dim, axis))
+    return Spread(tuple(mesh.mesh.reshape(-1).tolist()), tuple(mesh.shape), tuple(cuts))
+
+
+def _in_order(placements: tuple[Any, ...], sizes: tuple[int, ...], path: str) -> list[int]:
+    """The dimensions of the mesh that cut the tensor, in the order in which they did.
+
+    That is their own order, but for what FSDP lays over tensor parallelism: it cuts after those behind it.
+    """
+    order: list[int] = []
+    for axis in reversed(range(len(placements))):
+        placement = placements[axis]
+        if placement.is_partial():
+            raise UnencodableValueError(
+                f"The tensor at {path} is a DTensor of partial sums ({placement}): no rank has its values. Redistribute"
+                " it to Replicate() or Shard() first.",
+                key_path=path,
+            )
+        factor = getattr(placement, "split_factor", None)
+        if factor is None and not placement.is_shard():
+            continue
+        behind = [other for other in order if placements[other].dim == placement.dim]
+        cut = 1
+        for other in behind:
+            cut *= sizes[other]
+        if factor is None or factor == 1:
+            order.insert(0, axis)
+        elif factor == cut:
+            order.append(axis)
+        else:
+            raise _unknown(placements, path)
+    return order
+
+
+def _unknown(placements: tuple[Any, ...], path: str) -> UnencodableValueError:
+    return UnencodableValueError(
+        f"The tensor at {path} is a DTensor placed as {list(placements)}, which leaves a rank more than one box of it."
+        " Redistribute it to Shard() and Replicate() first.",
+        key_path=path,
+    )

@@ -1,0 +1,265 @@
+"""Saves of several ranks, which are threads here: what is written, linked and agreed, and how failures are told."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from milepost import Checkpointer, PerRank
+from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.votes import Ranks
+from milepost.errors import CheckpointSaveError, UnencodableValueError
+from milepost.format.codec import PartsRef
+from milepost.format.parts import parted
+from milepost.testing.faulty_store import Fault, FaultyStore
+
+
+def together(count: int, act: Callable[[int, Ranks], Any], deadline: float = 20.0) -> tuple[list[Any], Any]:
+    """Run `act` as each of several ranks; what each returned or raised, and the store."""
+    store = dist.HashStore()
+    ends: list[Any] = [None] * count
+
+    def run(rank: int) -> None:
+        try:
+            ends[rank] = act(rank, Ranks(store, rank, count, deadline_seconds=deadline))
+        except BaseException as error:
+            ends[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return ends, store
+
+
+def raised(ends: list[Any]) -> list[Any]:
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+    return ends
+
+
+def state(rank: int = 0) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)  # the ranks are threads: the global one is drawn from by all
+    return {
+        "model": {
+            "big": torch.randn(900, 700, generator=draw),
+            "last": torch.randn(64, 3, 5, 5, generator=draw).contiguous(memory_format=torch.channels_last),
+            "wide": torch.randn(300, 300, dtype=torch.complex128, generator=draw),
+            "steps": torch.arange(7),
+            "none": torch.empty(0, 4),
+        },
+        "own": PerRank({"rank": rank, "position": torch.full((3,), rank)}),
+        "lr": 0.5,
+    }
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[list[Any]]]:
+    """Tree and trees of the ranks, with the tensors as arrays, by way of the indexes alone."""
+    with StoredCheckpoint(path) as stored:
+
+        def rows(blob: int, row: int) -> np.ndarray[Any, Any]:
+            index = stored.index(blob)
+            entry = index.entry(row)
+            data = np.fromfile(path / stored.head.blobs[blob].name, np.uint8)[entry.start : entry.stop]
+            kinds = {"F32": np.float32, "I64": np.int64, "U8": np.complex128}
+            found = data.view(kinds[entry.dtype])
+            stride = index.strides.get(str(row))
+            if stride is None:
+                return found.reshape(index.shape(row))
+            return (
+                torch.empty_strided(index.shape(row), stride)
+                .copy_(torch.from_numpy(found.reshape(index.shape(row))))
+                .numpy()
+            )
+
+        def value(node: Any) -> Any:
+            if isinstance(node, PartsRef):
+                whole = parted(node, stored.index, "c")
+                made = np.full(whole.shape, 7, np.float32 if whole.dtype == "F32" else np.complex128)
+                for ref, box in whole.parts:
+                    made[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))] = rows(*ref)
+                return made
+            if isinstance(node, tuple) and hasattr(node, "row"):
+                return rows(*node)
+            return {key: value(item) for key, item in node.items()} if isinstance(node, dict) else node
+
+        trees = [[value(item) for item in stored.rank_tree(n)] for n in range(len(stored.head.rank_trees()))]
+        return value(stored.tree), trees
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_written_once_and_balanced_and_each_ranks_own(tmp_path: Path, count: int) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, state(rank))
+
+    _, store = together(count, act)
+    found, trees = read(tmp_path / "step-00000001")
+    saved = state()["model"]
+    for name, tensor in saved.items():
+        assert np.array_equal(found["model"][name], tensor.numpy()), name
+    assert [tree[0]["rank"] for tree in trees] == list(range(count)) and found["lr"] == 0.5
+    assert all(tree[0]["position"].tolist() == [rank] * 3 for rank, tree in enumerate(trees))
+    with StoredCheckpoint(tmp_path / "step-00000001") as stored:
+        sizes = [sum(b.bytes for b in stored.head.blobs if b.rank == rank) for rank in range(count)]
+        assert stored.head.world_size == count
+    total = sum(t.numel() * t.element_size() for t in saved.values())
+    assert total < sum(sizes) < total + count * 2000, "each byte is written once"
+    assert max(sizes) <= 1.05 * sum(sizes) / count
+    assert store.num_keys() <= 1, "only the count of ranks stays in the store"
+
+
+def test_each_rank_links_what_has_not_changed_and_writes_a_delta(tmp_path: Path) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        live = state(rank)
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, live)
+            c.save(2, live)
+            live["model"]["steps"] += 1
+            c.save(3, live)
+
+    raised(together(3, act)[0])
+    one, two, three = (tmp_path / f"step-0000000{n}" for n in (1, 2, 3))
+    for path in one.glob("*.safetensors"):
+        assert (two / path.name).stat().st_ino == path.stat().st_ino
+    deltas = list(three.glob("*-00002-of-00002.safetensors"))
+    assert len(deltas) == 1 and deltas[0].stat().st_size < 1000
+    found, _ = read(three)
+    assert found["model"]["steps"].tolist() == list(range(1, 8))
+    assert np.array_equal(found["model"]["big"], state()["model"]["big"].numpy())
+
+
+def test_one_rank_alone_writes_what_it_wrote_without_ranks(tmp_path: Path) -> None:
+    """A value that would be each rank's own stands for itself."""
+    live = state()
+    with Checkpointer(tmp_path / "a", background=False) as c:
+        c.save(1, live)
+    with Checkpointer(tmp_path / "b", background=False) as c:
+        c.save(1, {**live, "own": live["own"].value})
+    for path in (tmp_path / "a" / "step-00000001").iterdir():
+        if path.name != "manifest.json":
+            assert path.read_bytes() == (tmp_path / "b" / "step-00000001" / path.name).read_bytes()
+    head = json.loads((tmp_path / "a" / "step-00000001" / "manifest.json").read_bytes())
+    assert not {"trees", "listing"} & set(head) and "rank" not in head["blobs"][0]
+
+
+def test_what_has_no_room_in_the_head_is_listed_beside_it(tmp_path: Path) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1, background=False) as c:
+            c.save(1, {"model": torch.arange(100.0), "own": PerRank(torch.full((2,), rank))})
+
+    raised(together(24, act)[0])
+    path = tmp_path / "step-00000001"
+    assert (path / "manifest.json").stat().st_size <= 8192 and (path / "blobs.json").exists()
+    found, trees = read(path)
+    assert found["model"].tolist() == list(range(100)) and [int(t[0][0]) for t in trees] == list(range(24))
+
+
+@pytest.mark.parametrize(("failing", "background"), [(0, False), (1, True)])
+def test_no_space_on_one_rank_fails_the_save_on_all_with_its_cause(
+    tmp_path: Path, failing: int, background: bool
+) -> None:
+    def act(rank: int, ranks: Ranks, at: int | None = None) -> int:
+        faulty = FaultyStore()
+        with Checkpointer(tmp_path, ranks=ranks, threads=1, store=faulty, background=background) as c:
+            c.save(1, state(rank), wait=True)
+            before = len(faulty.calls)
+            faulty.fault = (
+                Fault(before + at, errno.ENOSPC, lasting=True) if at is not None and rank == failing else None
+            )
+            live = state(rank)
+            live["model"]["big"] += 1
+            c.save(2, live, wait=True)
+            return len(faulty.calls) - before
+
+    calls = raised(together(2, act)[0])[failing]
+    for at in range(calls):
+        ends, store = together(2, lambda rank, ranks, at=at: act(rank, ranks, at))
+        for rank, end in enumerate(ends):
+            if isinstance(end, CheckpointSaveError):
+                assert end.rank == failing and "No space left" in str(end), (at, rank, end)
+                assert end.step == 2
+        failed = [isinstance(end, CheckpointSaveError) for end in ends]
+        assert all(failed) or not any(failed), (at, ends)
+        read(tmp_path / "step-00000001")
+        assert store.num_keys() <= 1
+    raised(together(2, act)[0])
+    # a directory that was taken away while another rank still wrote into it has been swept by the next save
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_state_that_differs_is_refused_on_all_with_the_names(tmp_path: Path) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, {"model": {"a": torch.zeros(2), f"b{rank}": torch.zeros(3)}}, wait=True)
+
+    ends, _ = together(2, act)
+    for end in ends:
+        assert isinstance(end, CheckpointSaveError) and "it lacks 'b0'; it alone has 'b1'" in str(end) and end.rank == 1
+    assert not list(tmp_path.glob("step*"))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_value_that_is_no_data_on_one_rank_is_told_to_the_other(tmp_path: Path, failing: int) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        value = object() if rank == failing else 1
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, {"model": torch.zeros(2), "odd": PerRank(value)}, wait=True)
+
+    ends, _ = together(2, act)
+    assert isinstance(ends[failing], UnencodableValueError)
+    other = ends[1 - failing]
+    assert isinstance(other, CheckpointSaveError) and other.rank == failing and "builtins.object" in str(other)
+    assert not list(tmp_path.glob("step*"))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_rank_that_does_not_come_is_named_after_the_deadline(tmp_path: Path, missing: int) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        if rank != missing:
+            with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+                c.save(1, state(rank), wait=True)
+
+    ends, _ = together(3, act, deadline=1.0)
+    for rank in {0, 1, 2} - {missing}:
+        assert isinstance(ends[rank], CheckpointSaveError) and ends[rank].rank == missing, ends
+        assert "has not come to this save for 1 s" in str(ends[rank])
+    assert not list(tmp_path.iterdir())
+
+
+def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:
+    """The others skip what it skips, whether they are busy or not; nobody waits for a save that not all make."""
+    meet = threading.Barrier(2)
+    hold = threading.Event()
+
+    class Slow(FaultyStore):
+        def create(self, path: str, size: int) -> int:
+            hold.wait(20)
+            return super().create(path, size)
+
+    def act(rank: int, ranks: Ranks) -> list[bool]:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1, on_busy="skip", store=Slow()) as c:
+            first = c.save(1, state(rank))
+            skipped = c.save(2, state(rank)) is first
+            meet.wait(20)
+            hold.set()
+            first.result()
+            third = c.save(3, state(rank))
+            third.result()
+            return [skipped, third is first]
+
+    ends, _ = together(2, act)
+    assert raised(ends) == [[True, False]] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
