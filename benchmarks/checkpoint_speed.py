@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from milepost.engine.directory import DirectoryEngine
-from milepost.plugins import SnapshotCheckpointIO, TorchCheckpointIO
+from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
 
 CHUNK = 16 << 20
 THREADS = 2
@@ -452,7 +452,7 @@ def memory(bench: Bench) -> None:
     """Peak extra host memory, in processes of their own."""
     import subprocess
 
-    for what in ("sync", "background", "restore"):
+    for what in ("sync", "background", "AsyncCheckpointIO", "restore"):
         done = subprocess.run(
             [sys.executable, __file__, "_memory", what, "--folder", str(bench.folder)],
             capture_output=True, text=True, check=True,
@@ -481,6 +481,12 @@ def _memory(what: str, folder: Path) -> None:
         with engine.open(path) as stored:
             restore(engine, stored, state)
         remove(path)
+    elif what == "AsyncCheckpointIO":
+        io = AsyncCheckpointIO(TorchCheckpointIO())
+        for _ in range(2):
+            io.save_checkpoint(state, path.with_suffix(".ckpt")).result()
+        print(resident("VmHWM") - before, io._arenas[0].size)
+        return
     else:
         engine.save(path, state, background=what == "background").result()
     print(resident("VmHWM") - before, engine._arena.size)

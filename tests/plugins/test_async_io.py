@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from milepost.errors import CheckpointSaveError, MisconfigurationException, UnencodableValueError
-from milepost.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+from milepost.plugins import (
+    AsyncCheckpointIO,
+    CheckpointIO,
+    SafetensorsCheckpointIO,
+    SnapshotCheckpointIO,
+    TorchCheckpointIO,
+)
 from milepost.plugins.io import checkpoint_io as io_calls
+from milepost.plugins.io.async_io import AsyncSave
 
 LONG = 30  # seconds until a test that hangs fails
 
@@ -366,3 +374,107 @@ def test_the_two_argument_plugin_is_called_with_what_it_takes() -> None:
     assert io_calls.verify(io, "p") == "cannot" and io_calls.link(io, "p", "q") is False
     with pytest.raises(ValueError, match=r"TwoArguments\.load_checkpoint"):
         io_calls.load(io, "missing")
+
+
+# ---- one way to stage ------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Counts torch's own copies of data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("clone", "copy_", "_to_copy", "contiguous", "cat", "stack"):
+            self.made.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def tied_state() -> dict[str, Any]:
+    weight = torch.randn(500, 400)
+    moments = {0: {"exp_avg": torch.randn(500, 400), "step": torch.tensor(3.0)}}
+    return {
+        "global_step": 1,
+        "state_dict": {"embed.weight": weight, "head.weight": weight, "bias": torch.randn(500)},
+        "optimizer_states": [{"state": moments, "param_groups": [{"params": [0]}]}],
+    }
+
+
+@pytest.mark.parametrize("inner", [TorchCheckpointIO, SafetensorsCheckpointIO, TwoArguments])
+def test_each_byte_is_copied_once_into_one_memory(tmp_path: Path, inner: Any) -> None:
+    io = AsyncCheckpointIO(inner())
+    state = tied_state()
+    for step in range(3):
+        state["global_step"] = step
+        with Copies() as copies:
+            io.save_checkpoint(state, tmp_path / "a").result()
+        assert copies.made == []
+    (arena,) = io._arenas
+    assert arena.copied_bytes == 3 * (2 * 500 * 400 + 500 + 1) * 4
+    assert arena.memories == (3 if inner is TwoArguments else 1), "what keeps its tensors in memory keeps that memory"
+    found = io.load_checkpoint(tmp_path / "a")
+    weights = found["state_dict"]
+    assert torch.equal(weights["head.weight"], state["state_dict"]["head.weight"]) and found["global_step"] == 2
+    assert weights["embed.weight"].data_ptr() == weights["head.weight"].data_ptr(), "tied"
+    io.teardown()
+    assert io._arenas == []
+
+
+def test_what_a_plugin_keeps_is_not_written_over(tmp_path: Path) -> None:
+    inner = TwoArguments()
+    io = AsyncCheckpointIO(inner)
+    values = torch.zeros(100)
+    for step in range(3):
+        values.fill_(step)
+        io.save_checkpoint({"global_step": step, "values": values}, str(step)).result()
+    assert [float(inner.kept[str(step)]["values"].sum()) for step in range(3)] == [0, 100, 200]
+    io.teardown()
+
+
+def test_a_plugin_that_copies_itself_is_left_to_it(tmp_path: Path) -> None:
+    inner = SnapshotCheckpointIO()
+    io = AsyncCheckpointIO(inner, max_pending=2)
+    state = tied_state()
+    for step in range(3):
+        pending = io.save_checkpoint(state, tmp_path / f"{step}")
+        state["state_dict"]["bias"].add_(1)
+        io.remove_checkpoint(tmp_path / f"{step - 1}")
+        assert isinstance(pending, AsyncSave)
+    io.wait()
+    assert io._arenas == [] and inner._engine._arena.memories == 1
+    assert io.list(tmp_path) == [str(tmp_path / "2")]
+    assert torch.equal(io.load_checkpoint(tmp_path / "2")["state_dict"]["bias"] + 1, state["state_dict"]["bias"])
+    io.teardown()
+
+
+def test_of_a_plugin_that_copies_itself_failures_come_once_too(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO(SnapshotCheckpointIO())
+    pending = io.save_checkpoint({"global_step": 3}, blocked(tmp_path))
+    with pytest.raises(CheckpointSaveError):
+        io.save_checkpoint({"global_step": 4}, tmp_path / "b")
+    pending.result()
+    io.teardown()
+    assert not (tmp_path / "b").exists()
+
+
+def test_lazily_the_next_step_waits(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.BatchNorm1d(50))
+    optimizer = torch.optim.AdamW(model.parameters())
+    io, go = AsyncCheckpointIO(lazy=True), threading.Event()
+    for step in range(3):
+        model(torch.randn(4, 50)).sum().backward()
+        optimizer.step()
+        for _ in range(2):
+            io._threads().submit(go.wait)
+        expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        io.save_checkpoint({"global_step": step, "m": model.state_dict()}, tmp_path / "a", optimizers=[optimizer])
+        assert not io._gate._open[0].done()
+        model(torch.randn(4, 50)).sum().backward()
+        go.set()
+        optimizer.step()
+        found = io.load_checkpoint(tmp_path / "a")["m"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        go.clear()
+    io.teardown()

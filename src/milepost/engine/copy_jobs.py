@@ -38,19 +38,19 @@ class Copying:
 
     def begin(self, threads: Executor, count: int) -> None:
         """Have up to `count` threads copy."""
-        count = min(count, len(self._jobs))
-        self._working += count
-        for _ in range(count):
+        for _ in range(min(count, len(self._jobs))):
             threads.submit(self._work)
 
     def join(self) -> None:
         """Copy with them, and wait for the end. Raises what the copying failed with."""
-        with self._lock:
-            self._working += 1
         self._work()
         self.future.result()
 
     def _work(self) -> None:
+        with self._lock:  # a thread that comes when all is done is not waited for
+            if self._ended:
+                return
+            self._working += 1
         try:
             while True:
                 try:
@@ -63,8 +63,7 @@ class Copying:
             self._error = error
         with self._lock:
             self._working -= 1
-            last = self._working == 0 and not self._ended
-            self._ended = self._ended or last
+            last = self._ended = self._working == 0
         if last:
             self._end()
 

@@ -96,7 +96,7 @@ def changed_by_steps(values: Iterable[Any]) -> dict[int, int]:
         if isinstance(value, Optimizer) and steps_alone_change(value):
             trained = [p for group in value.param_groups for p in group["params"] if p.requires_grad]
             for tensor in [*trained, *_tensors(value.state)]:
-                if _can_wait(tensor):
+                if can_wait(tensor):
                     found[tensor.data_ptr()] = tensor.nbytes
     return found
 
@@ -136,7 +136,8 @@ def _of_torch(optimizer: Optimizer) -> bool:
     return f"{type(optimizer).__module__}.".startswith("torch.optim.")
 
 
-def _can_wait(tensor: torch.Tensor) -> bool:
+def can_wait(tensor: torch.Tensor) -> bool:
+    """Whether it is plain memory of the host whose writes torch counts."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -162,7 +163,7 @@ def rows_that_can_wait(plan: BlobPlan, known: Mapping[int, int]) -> set[int]:
     return {
         row
         for row, tensor in enumerate(plan.tensors)
-        if _can_wait(tensor) and tensor.nbytes <= known.get(tensor.data_ptr(), 0)
+        if can_wait(tensor) and tensor.nbytes <= known.get(tensor.data_ptr(), 0)
     }
 
 

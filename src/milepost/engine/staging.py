@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import torch
 
-from milepost.engine.copy_jobs import Copying, Job
+from milepost.engine.copy_jobs import Copies, Copying, Job
 from milepost.engine.lazy import Watch
 from milepost.engine.memory import Memory
 from milepost.engine.requests import BlobPlan, Image
@@ -115,7 +117,12 @@ class Arena:
     """Host memory for one snapshot, kept and used again. One snapshot at a time: whoever stages waits for the last."""
 
     def __init__(self) -> None:
+        self.memories = 0
+        """How often memory was got."""
+        self.copied_bytes = 0
+        """Bytes that were copied into it, in all."""
         self._memory: Memory | None = None
+        self._lent: Callable[[], Any] = _nobody
 
     @property
     def size(self) -> int:
@@ -124,10 +131,22 @@ class Arena:
 
     def reserve(self, plans: Sequence[BlobPlan]) -> None:
         """Have memory for `plans`."""
-        needed = sum(_room(plan) for plan in plans)
+        self._reserved(sum(_room(plan) for plan in plans))
+
+    def lend(self, size: int) -> ctypes.Array[ctypes.c_char]:
+        """Memory of `size` bytes, for a snapshot: as long as somebody holds it, it is not used again."""
+        lent = (ctypes.c_char * max(size, 1)).from_buffer(self._reserved(size).bytes)
+        self._lent = weakref.ref(lent)
+        return lent
+
+    def _reserved(self, needed: int) -> Memory:
+        if self._lent() is not None:  # a plugin has kept what it was given: it shall have it
+            self._memory, self._lent = None, _nobody
         if self._memory is None or self._memory.size < needed:
             self._memory = None  # give back the old one first
             self._memory = Memory(needed)
+            self.memories += 1
+        return self._memory
 
     def touch(self) -> None:
         """Have every page there, so that the first snapshot does not pay for it. This can take seconds."""
@@ -142,9 +161,7 @@ class Arena:
         Returns:
             The images, and what is still being copied, if anything: the images are whole once it has ended.
         """
-        self.reserve(plans)
-        memory = self._memory
-        assert memory is not None
+        memory = self._reserved(sum(_room(plan) for plan in plans))
         images: list[StagedImage] = []
         now: list[Job] = []
         then: list[Job] = []
@@ -154,23 +171,35 @@ class Arena:
             image = StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset)
             rows = later[number] if later else set()
             for start, stop, waits in _spans(plan, rows):
-                jobs = _jobs(Source(plan), start, stop, image.address)
+                jobs = jobs_of(Source(plan), start, stop, image.address)
                 (then if waits else now).extend(jobs)
             watched += [_watched(plan, row, image) for row in sorted(rows)]
             images.append(image)
             offset += _room(plan)
+        return images, self.copy(now, then, watched, threads, workers)
+
+    def copy(
+        self, now: Sequence[Job], then: Sequence[Job], watched: Sequence[Watched], threads: Executor, workers: int
+    ) -> Copying | None:
+        """Do the jobs of `now`, and begin those of `then`, which take the tensors in `watched`."""
+        self.copied_bytes += sum(stop - start for jobs in (now, then) for _, start, stop, _ in jobs)
         watch = Watch([(name, tensor) for name, tensor, _ in watched]) if watched else None
         copying = Copying(now)
         copying.begin(threads, workers - 1)
         copying.join()
         if watch is None:
-            return images, None
+            return None
         rest = Copying(then, lambda: watch.violation([copy for _, _, copy in watched]))
         rest.begin(threads, workers)
-        return images, rest
+        return rest
+
+
+def _nobody() -> None:
+    return None
 
 
 Watched = tuple[str, torch.Tensor, torch.Tensor]
+"""The name of a tensor that is copied later, the tensor, and its bytes where they are copied to."""
 
 
 def _room(plan: BlobPlan) -> int:
@@ -189,7 +218,8 @@ def _spans(plan: BlobPlan, later: set[int]) -> list[tuple[int, int, bool]]:
     return spans
 
 
-def _jobs(source: Source, start: int, stop: int, address: int) -> list[Job]:
+def jobs_of(source: Copies, start: int, stop: int, address: int) -> list[Job]:
+    """Jobs for a range of `source`. `address` is where its very beginning goes, or would."""
     return [
         (source, begin, min(begin + _SPLIT_BYTES, stop), address + begin) for begin in range(start, stop, _SPLIT_BYTES)
     ]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
+from milepost.engine.lazy import StepGate, changed_by_steps
+from milepost.engine.snapshot import snapshot
+from milepost.engine.staging import Arena
 from milepost.errors import CheckpointSaveError, MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.checkpoint_io import CheckpointIO
-from milepost.plugins.io.snapshot import snapshot
+from milepost.plugins.io.snapshot_io import SnapshotCheckpointIO
 from milepost.plugins.io.torch_io import TorchCheckpointIO
+
+_THREADS = 2  # that copy, the caller's included
 
 
 class AsyncSave:
@@ -68,10 +73,13 @@ class AsyncSave:
 class AsyncCheckpointIO(CheckpointIO):
     """Wraps another CheckpointIO and removes the wait from its saves.
 
-    `save_checkpoint` copies the state (tensors to host memory, arrays and containers too, tied tensors tied) and
-    returns a handle. Saves of one path keep their order. A load, or another question about a path, waits for what is
-    under way for that path only. A removal happens once all saves asked for before it have ended, and only if none of
-    them failed: what was to be replaced stays until its replacement is there.
+    `save_checkpoint` copies the state (tensors into host memory that is kept and used again, arrays and containers too,
+    tied tensors tied) and returns a handle. A `SnapshotCheckpointIO`, which does that itself, is left to it. A plugin
+    that keeps the tensors it was given keeps that memory with them; the next save then gets other.
+
+    Saves of one path keep their order. A load, or another question about a path, waits for what is under way for that
+    path only. A removal happens once all saves asked for before it have ended, and only if none of them failed: what
+    was to be replaced stays until its replacement is there.
 
     A failed save raises once: from its handle, or at the next save, at the load of its path, at `wait` or at
     `teardown`, whichever comes first. Where several failed, the first is raised, with the others in its ``others``.
@@ -80,19 +88,25 @@ class AsyncCheckpointIO(CheckpointIO):
         checkpoint_io: what writes; a `TorchCheckpointIO` by default. Its methods may be called for different paths at
             once, in up to ``max_pending + 1`` threads.
         max_pending: saves under way at most; one more waits for a place before it copies. Memory is bounded by this
-            many snapshots.
+            many snapshots. A `SnapshotCheckpointIO` has place for one.
+        lazy: as for `SnapshotCheckpointIO`: copy parameters and the optimizers' state after `save_checkpoint` has
+            returned; the next optimizer step waits for it.
 
     Raises:
         MisconfigurationException: `checkpoint_io` lacks a method of a CheckpointIO, or `max_pending` is below 1.
     """
 
-    def __init__(self, checkpoint_io: Any = None, max_pending: int = 1) -> None:
+    def __init__(self, checkpoint_io: Any = None, max_pending: int = 1, *, lazy: bool = False) -> None:
         if max_pending < 1:
             raise MisconfigurationException(f"max_pending={max_pending} must be at least 1.")
         self.checkpoint_io = TorchCheckpointIO() if checkpoint_io is None else checkpoint_io
         self._max_pending = max_pending
         self._begun: list[AsyncSave] = []  # in the order they were asked for, until they have ended and been reported
+        self._lazy = lazy
+        self._gate = StepGate()
+        self._arenas: list[Arena] = []  # those that no save is using
         self._workers: ThreadPoolExecutor | None = None
+        self._copiers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
     @property
@@ -109,26 +123,58 @@ class AsyncCheckpointIO(CheckpointIO):
 
     # ---- in the background -----------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> AsyncSave:
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: Any,
+        storage_options: Any = None,
+        *,
+        optimizers: Sequence[Any] = (),
+    ) -> AsyncSave:
         """Take a snapshot and write it in the background.
+
+        Args:
+            optimizers: with ``lazy=True``, those whose parameters and state nothing changes but their ``step``, until
+                `staged` is called.
 
         Raises:
             CheckpointSaveError: an earlier save failed and has not been reported yet; this one is then not begun.
         """
         self._report_ended()
-        while len(under_way := self._under_way(saves=True)) >= self._max_pending:
+        itself = isinstance(self.checkpoint_io, SnapshotCheckpointIO)
+        while len(under_way := self._under_way(saves=True)) >= (1 if itself else self._max_pending):
             wait_for([save._future for save in under_way], return_when=FIRST_COMPLETED)
             self._report_ended()
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         save = AsyncSave(str(path), step)
-        frozen = [snapshot(checkpoint)]  # taken out where it is written, so that it is gone when that has ended
         before = self._under_way(save._key)
+        if itself:
+            _wait_for(before)  # removals of the path
+            pending = io_calls.save(self.checkpoint_io, checkpoint, path, storage_options, optimizers)
+            return self._begin(save, pending.result)
+        arena = self._arenas.pop() if self._arenas else Arena()
+        lazy = changed_by_steps(optimizers) if self._lazy else None
+        frozen, copying = snapshot(checkpoint, arena, self._threads(), _THREADS, lazy)
+        if copying is not None:
+            self._gate.hold_until(copying.future)
+        given = [frozen]  # taken out where it is written, so that it is gone when that has ended
 
         def work() -> None:
-            _wait_for(before)
-            io_calls.save(self.checkpoint_io, frozen.pop(), path, storage_options).result()
+            try:
+                _wait_for(before)
+                if copying is not None:
+                    copying.future.result()
+                io_calls.save(self.checkpoint_io, given.pop(), path, storage_options).result()
+            finally:
+                given.clear()
+                self._arenas.append(arena)
 
         return self._begin(save, work)
+
+    def staged(self) -> None:
+        """Wait until what is being saved is copied, and its tensors may be changed by anybody."""
+        self._gate.wait()
+        io_calls.staged(self.checkpoint_io)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove it, in the background where a save is under way."""
@@ -202,10 +248,18 @@ class AsyncCheckpointIO(CheckpointIO):
         try:
             self.wait()
         finally:
-            workers, self._workers = self._workers, None
-            if workers is not None:
-                workers.shutdown(wait=True)
+            self._gate.release()
+            pools = [pool for pool in (self._workers, self._copiers) if pool is not None]
+            self._workers = self._copiers = None
+            for pool in pools:
+                pool.shutdown(wait=True)
+            self._arenas.clear()
             io_calls.teardown(self.checkpoint_io)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._copiers is None:
+            self._copiers = ThreadPoolExecutor(_THREADS, thread_name_prefix="milepost-copy")
+        return self._copiers
 
     def _settle(self, path: Any) -> None:
         _wait_for(self._under_way(_key(path)))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, OrderedDict, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from milepost.plugins.io.snapshot import snapshot
+from milepost.engine import snapshot as snapshots
+from milepost.engine.staging import Arena
+
+
+def snapshot(state: Any, arena: Arena | None = None) -> Any:
+    with ThreadPoolExecutor(2) as threads:
+        made, copying = snapshots.snapshot(state, arena or Arena(), threads, 2)
+        assert copying is None
+        return made
 
 
 class Pair(NamedTuple):
@@ -115,3 +124,20 @@ def test_it_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     snapshot({"w": torch.ones(3)})
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_its_tensors_lie_in_one_memory_that_is_used_again_when_nobody_holds_it() -> None:
+    arena, weight = Arena(), torch.arange(1000.0)
+    state = {"w": weight, "tied": weight, "part": weight[5:9], "b": torch.ones(7, dtype=torch.bfloat16)}
+    first = snapshot(state, arena)
+    addresses = [tensor.untyped_storage().data_ptr() for tensor in first.values()]
+    assert max(addresses) - min(addresses) < arena.size and len(set(addresses)) == 2
+    assert arena.copied_bytes == 4000 + 14, "each storage once"
+    del first
+    again = snapshot(state, arena)
+    assert arena.memories == 1 and [t.untyped_storage().data_ptr() for t in again.values()] == addresses
+    kept = again["part"]
+    del again
+    weight.zero_()
+    other = snapshot(state, arena)
+    assert arena.memories == 2 and kept.tolist() == [5, 6, 7, 8] and other["part"].tolist() == [0, 0, 0, 0]
