@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 import shard_writer
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from milepost import _distributed
 from milepost._distributed import OfAllRanks
+from milepost.cli.main import main
 from milepost.engine.directory import DirectoryEngine
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
@@ -171,3 +174,38 @@ def test_every_blob_of_every_rank_is_verified(folder: Path, tmp_path: Path) -> N
             low, high = caught.value.byte_range
             assert low <= at < high and str(caught.value.path).endswith(name)
     engine.close()
+
+
+def test_the_commands_show_whole_tensors_once_with_their_parts(folder: Path, capsys: Any, tmp_path: Path) -> None:
+    path = str(folder / "fsdp4")
+    assert main(["show", path, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    embedding = shown["tensors"]["model.embedding.weight"]
+    assert embedding["shape"] == [matrix.VOCABULARY, matrix.WIDTH] and len(embedding["parts"]) == 4
+    assert embedding["parts"][1]["offsets"] == [1501, 0] and embedding["parts"][1]["file"] == "model-r00001.safetensors"
+    assert not any("[" in name for name in shown["tensors"])
+    assert shown["values"]["own.0 (rank 2).rank"] == "2"
+    assert main(["show", path]) == 0
+    assert "4 parts" in capsys.readouterr().out
+    assert main(["verify", path]) == 0
+    assert main(["ls", str(folder)]) == 0
+    capsys.readouterr()
+
+
+def test_the_commands_compare_and_convert_across_layouts(folder: Path, capsys: Any, tmp_path: Path) -> None:
+    source = folder / "fsdp2 tp2"
+    for target in ("one", "one.ckpt", "one.safetensors"):
+        assert main(["convert", str(source), str(tmp_path / target)]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(source), str(tmp_path / "one"), "--json"]) == 1
+    changes = json.loads(capsys.readouterr().out)
+    assert {change["kind"] for change in changes} == {"values"}  # those that each rank had of its own
+    assert all(change["name"].startswith("own") for change in changes)
+    assert main(["diff", str(folder / "single"), str(source), "--json"]) == 1
+    changed = {change["name"] for change in json.loads(capsys.readouterr().out) if change["kind"] == "changed"}
+    assert "model.embedding.weight" in changed or "model.blocks.0.up.weight" in changed
+    weights = load_file(tmp_path / "one.safetensors")
+    expected = torch.load(folder / "fsdp2 tp2.pt")
+    assert all(torch.equal(weights[n.removeprefix("model.")], t) for n, t in expected.items() if n.startswith("model."))
+    with zipfile.ZipFile(tmp_path / "one.ckpt") as archive:
+        assert archive.testzip() is None

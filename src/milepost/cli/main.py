@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milepost.cli import tables
 from milepost.errors import MilepostError
+
+if TYPE_CHECKING:
+    from milepost.cli.reading import Tensor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +102,7 @@ def _show(chosen: Any) -> int:
             {
                 "path": found.path, "form": found.form, "step": found.step, "epoch": found.epoch, "time": found.time,
                 "size_bytes": found.size_bytes, "metrics": found.metrics, "values": found.values,
-                "tensors": {n: {"dtype": t.dtype, "shape": t.shape, "size_bytes": t.size_bytes} for n, t in tensors},
+                "tensors": {n: _tensor(t) for n, t in tensors},
             }
         )  # fmt: skip
         return 0
@@ -107,10 +110,20 @@ def _show(chosen: Any) -> int:
     total = sum(t.size_bytes for t in found.tensors.values())
     step = "" if found.step is None else f"step {found.step}, "
     print(tables.safe(f"{found.path}: {found.form}, {step}{tables.size(found.size_bytes)}  {metrics}".rstrip()))
-    rows = [[n, t.dtype, str(list(t.shape)), tables.size(t.size_bytes)] for n, t in tensors]
-    print(tables.table([f"{len(rows)} tensors", "type", "shape", tables.size(total)], rows, right=(3,)))
+    rows = [
+        [n, t.dtype, str(list(t.shape)), tables.size(t.size_bytes), f"{len(t.parts)} parts" if t.parts else ""]
+        for n, t in tensors
+    ]
+    print(tables.table([f"{len(rows)} tensors", "type", "shape", tables.size(total), ""], rows, right=(3,)))
     print(tables.table(["", ""], [[name, text] for name, text in found.values.items()]))
     return 0
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    found = {"dtype": tensor.dtype, "shape": tensor.shape, "size_bytes": tensor.size_bytes}
+    if tensor.parts:
+        found["parts"] = [{"file": file, "offsets": at, "shape": shape} for file, at, shape in tensor.parts]
+    return found
 
 
 def _verify(chosen: Any) -> int:

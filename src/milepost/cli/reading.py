@@ -23,12 +23,14 @@ class Tensor:
     Attributes:
         dtype: as safetensors names it, or torch's name.
         read: its bytes in C order.
+        parts: where it is stored in parts: of each the file, its offsets and its shape.
     """
 
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
     read: Callable[[], bytes]
+    parts: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,27 +151,27 @@ def size_of(path: Path) -> int:
 
 
 def _directory(path: Path) -> Opened:
+    from milepost.cli import sharded
     from milepost.engine.reader import StoredCheckpoint
-    from milepost.format.codec import Tagged, TensorRef
+    from milepost.format.codec import PartsRef, Tagged, TensorRef
     from milepost.format.manifest import metrics_as_numbers
 
+    def open_up(value: Any) -> Any:
+        return value.data if isinstance(value, Tagged) else value
+
+    tensors, values = {}, {}
     with StoredCheckpoint(path) as stored:
         head, tree = stored.head, stored.tree
-        indexes = [stored.index(n) for n in range(len(head.blobs))]
-    tensors, values = {}, {}
-    for name, value in _leaves(tree, lambda v: v.data if isinstance(v, Tagged) else v):
-        if not isinstance(value, TensorRef):
-            values[name] = _text(value)
-            continue
-        if value.blob >= len(indexes) or value.row >= len(indexes[value.blob].names):
-            raise CheckpointFormatError(f"{path}: the tree refers to {value}, which is not there.")
-        index = indexes[value.blob]
-        entry, other = index.entry(value.row), index.stored_as.get(str(value.row))
-        dtype, shape = (
-            (entry.dtype, entry.shape) if other is None else (other[0].removeprefix("torch."), tuple(other[1]))
-        )
-        blob = path / head.blobs[value.blob].name
-        tensors[name] = Tensor(dtype, shape, entry.size, _range_reader(blob, entry.start, entry.stop))
+        given = sharded.own_values(stored, list(_leaves(tree, open_up)))
+        for name, value in ((n, v) for place, leaf in given for n, v in _leaves(leaf, open_up, place)):
+            if not isinstance(value, (TensorRef, PartsRef)):
+                values[name] = _text(value)
+                continue
+            found = sharded.located(stored, path, value)
+            dtype, shape, rows = found
+            size = sum(row.stop - row.start for row, _ in rows)
+            parts = tuple((row.file.name, box.offsets, box.shape) for row, box in rows if box is not None)
+            tensors[name] = Tensor(dtype, shape, size, sharded.reader(found, _range_reader), parts)
     epoch = tree.get("epoch") if isinstance(tree, dict) else None
     return Opened(
         str(path), "directory", head.step, epoch if isinstance(epoch, int) else None, head.time, size_of(path),
@@ -247,9 +249,9 @@ def _described(path: Path, item: dict[str, Any], base: int, size: int) -> Tensor
 # ---- leaves ----------------------------------------------------------------------------------------------------------
 
 
-def _leaves(tree: Any, open_up: Callable[[Any], Any]) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Any, open_up: Callable[[Any], Any], name: str = "") -> Iterator[tuple[str, Any]]:
     """Everything that is no container, with its key path. Named tuples, such as references, are leaves."""
-    stack: list[tuple[str, Any]] = [("", tree)]
+    stack: list[tuple[str, Any]] = [(name, tree)]
     while stack:
         path, value = stack.pop()
         value = open_up(value)
