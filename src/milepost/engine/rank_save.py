@@ -180,6 +180,7 @@ class RankSaving:
             tree = self._flattened.tree(lambda leaf: places[self._blobs.numbers[leaf]])
             head = self._saving.write_rest(pending, head, tree)
         self._identities[head.tree.name] = identity(pending.file(head.tree.name))
+        self._meeting.claim()
         pending.commit()
         return head
 

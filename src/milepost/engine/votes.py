@@ -207,6 +207,16 @@ class Meeting:
             watch.look(missing)
         raise AssertionError("it waits until the votes are there, or raises")
 
+    def claim(self) -> None:
+        """Ask last of all whether it may be committed: from then on nobody gives it up.
+
+        Raises:
+            RankFailure: one has, because rank 0 was not heard of for too long.
+        """
+        if self._add("claim", 1) != 1:
+            rank = self._get("withdrawn", int) or 1
+            raise RankFailure(rank, "it has given up, because rank 0 was not heard of for too long")
+
     def announce(self, outcome: Outcome) -> None:
         """Tell the others how it ended."""
         self._set("outcome", outcome)
@@ -235,10 +245,28 @@ class Meeting:
         """Wait until rank 0 has committed.
 
         Raises:
-            RankFailure: it has not. Where rank 0 was not heard of for the deadline, it may have.
+            RankFailure: it has not, and will not. Only where rank 0 was not heard of since it began to commit, it may.
         """
-        self._wait_for("outcome", Outcome)
+        try:
+            self._wait_for("outcome", Outcome)
+        except RankFailure as failure:
+            self.check()
+            self._set("withdrawn", self.ranks.rank)
+            if self._add("claim", 1) == 1:
+                raise
+            self._wait_for_commit(failure)
         self._leave()
+
+    def _wait_for_commit(self, failure: RankFailure) -> None:
+        """Rank 0 was late, but has begun to commit; or another rank has given up before this one."""
+        try:
+            self._wait_for("outcome", Outcome)
+        except RankFailure as second:
+            if second.cause != failure.cause:
+                raise
+            raise RankFailure(
+                0, f"{second.cause}; it may have committed: see whether the checkpoint is there"
+            ) from None
 
     def check(self) -> None:
         """Raise RankFailure if the save has failed already on another rank."""
@@ -363,7 +391,7 @@ class Meeting:
         if self._add("left", 1) < self.ranks.world_size:
             return
         ranks = range(self.ranks.world_size)
-        keys = ["structure", "begin", "outcome", "decision", "votes", "left"]
+        keys = ["structure", "begin", "outcome", "decision", "votes", "claim", "withdrawn", "left"]
         keys += [f"{kind}/{rank}" for kind in ("vote", "progress") for rank in ranks]
 
         def remove(store: Store) -> None:
