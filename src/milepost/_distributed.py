@@ -57,6 +57,15 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in order, on every rank."""
+    if not is_initialized():
+        return [value]
+    found: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None = None, *, sync_grads: bool = False
 ) -> torch.Tensor:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from milepost.errors import CheckpointFormatError
+from milepost.plugins.io import parts, raw
+from milepost.plugins.io.raw import Completed, Pending, copies_later, save, wait
+from milepost.plugins.io.zero import whole
 
+__all__ = [
+    "CheckpointIO",
+    "Completed",
+    "Pending",
+    "copies_later",
+    "save",
+    "wait",
+]  # and the calls below, by the module's name
 _METHODS = ("save_checkpoint", "load_checkpoint", "remove_checkpoint")
 
 
@@ -51,58 +59,6 @@ class CheckpointIO(ABC):
         return None
 
 
-class Pending(Protocol):
-    """A save under way."""
-
-    path: str
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or badly. Never blocks."""
-
-    def result(self, timeout: float | None = None) -> None:
-        """Wait until the checkpoint is durable; raise what the save failed with, once."""
-
-
-class Completed:
-    """The handle of a save that was durable when it returned."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def done(self) -> bool:
-        return True
-
-    def result(self, timeout: float | None = None) -> None:
-        return None
-
-
-class _Handle:
-    """A future of a plugin's own, with the path it was missing."""
-
-    def __init__(self, future: Any, path: str) -> None:
-        self.path = path
-        self._future = future
-        self._raised = False
-
-    def done(self) -> bool:
-        return bool(self._future.done())
-
-    @property
-    def failed(self) -> bool:
-        return self._raised
-
-    def result(self, timeout: float | None = None) -> None:
-        if self._raised:
-            return
-        try:
-            self._future.result(timeout)
-        except TimeoutError:
-            raise
-        except BaseException:
-            self._raised = True
-            raise
-
-
 def refuse_storage_options(io: Any, storage_options: Any) -> None:
     """For a plugin that writes local files. Raises TypeError where options were given, also empty ones."""
     if storage_options is not None:
@@ -117,27 +73,9 @@ def is_checkpoint_io(value: Any) -> bool:
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in _METHODS)
 
 
-def save(
-    io: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None, optimizers: Sequence[Any] = ()
-) -> Pending:
-    """Save through `io`. `storage_options` is passed on only when it was given, `optimizers` only to a taker."""
-    options = {} if storage_options is None else {"storage_options": storage_options}
-    if optimizers and copies_later(io):
-        options["optimizers"] = optimizers
-    returned = io.save_checkpoint(checkpoint, path, **options)
-    if returned is None or not (hasattr(returned, "done") and hasattr(returned, "result")):
-        return Completed(str(path))
-    return returned if hasattr(returned, "path") else _Handle(returned, str(path))
-
-
-def copies_later(io: Any) -> bool:
-    """Whether `io` may copy after a save has returned: it takes ``optimizers``, by that name, and has ``staged``."""
-    return _offered(io, "staged") is not None and "optimizers" in inspect.signature(io.save_checkpoint).parameters
-
-
 def staged(io: Any) -> None:
     """Wait until what is being saved is copied, so that weights may be written to."""
-    if (offered := _offered(io, "staged")) is not None:
+    if (offered := raw.offered(io, "staged")) is not None:
         offered()
 
 
@@ -147,24 +85,23 @@ def load(io: Any, path: Any, map_location: Any = None, weights_only: bool | None
     Raises:
         CheckpointFormatError: the plugin returned something that is no dict, such as None.
     """
-    given = {"map_location": map_location, "weights_only": weights_only}
-    accepted = {name: value for name, value in given.items() if value is not None and _takes(io.load_checkpoint, name)}
-    loaded = io.load_checkpoint(path, **accepted)
-    if not isinstance(loaded, Mapping):
-        raise CheckpointFormatError(
-            f"{type(io).__name__}.load_checkpoint({str(path)!r}) returned {type(loaded).__name__}, not the dict that "
-            "save_checkpoint was given. Return that dict."
-        )
-    return loaded if isinstance(loaded, dict) else dict(loaded)
+    if parts.is_there(io, path):
+        return whole(io, path, weights_only)
+    return raw.load(io, path, map_location, weights_only)
 
 
 def remove(io: Any, path: Any) -> None:
-    io.remove_checkpoint(path)
+    if parts.is_there(io, path):
+        parts.remove(io, path)
+    else:
+        io.remove_checkpoint(path)
 
 
 def exists(io: Any, path: Any) -> bool | None:
     """Whether there is a checkpoint at `path`; None where the plugin cannot tell and no file of that name is there."""
-    offered = _offered(io, "exists")
+    if parts.is_there(io, path):
+        return True
+    offered = raw.offered(io, "exists")
     answer = None if offered is None else offered(path)
     if answer is not None:
         return bool(answer)
@@ -173,9 +110,9 @@ def exists(io: Any, path: Any) -> bool | None:
 
 def list_checkpoints(io: Any, directory: Any) -> list[str] | None:
     """Paths of the checkpoints in `directory`; None where the plugin does not offer it, or wraps one that does not."""
-    offered = _offered(io, "list")
+    offered = raw.offered(io, "list")
     listed = None if offered is None else offered(directory)
-    return None if listed is None else [str(path) for path in listed]
+    return None if listed is None else list(dict.fromkeys([*map(str, listed), *parts.list_in(io, directory)]))
 
 
 def verify(io: Any, path: Any) -> str | None:
@@ -184,7 +121,9 @@ def verify(io: Any, path: Any) -> str | None:
     Raises:
         CheckpointCorruptError, CheckpointNotFoundError, or what the plugin raises: they are not.
     """
-    offered = _offered(io, "verify")
+    if parts.is_there(io, path):
+        return parts.verify(io, path)
+    offered = raw.offered(io, "verify")
     if offered is None:
         return "cannot"
     return "cannot" if offered(path) == "cannot" else None
@@ -192,7 +131,9 @@ def verify(io: Any, path: Any) -> str | None:
 
 def link(io: Any, source: Any, target: Any) -> bool:
     """Give the checkpoint at `source` the second name `target`. False: not offered or not possible, save it again."""
-    offered = _offered(io, "link")
+    if parts.is_there(io, source):
+        return parts.link(io, source, target)
+    offered = raw.offered(io, "link")
     return False if offered is None else offered(source, target) is not False
 
 
@@ -203,7 +144,7 @@ def takes_every_rank(io: Any) -> bool:
 
 def offers(io: Any, capability: str) -> bool:
     """Whether `io` has the optional method `capability`."""
-    return _offered(io, capability) is not None
+    return raw.offered(io, capability) is not None
 
 
 def check(io: Any, checkpoint: dict[str, Any]) -> None:
@@ -212,7 +153,7 @@ def check(io: Any, checkpoint: dict[str, Any]) -> None:
     Raises:
         UnencodableValueError, or what the plugin raises: a value in it cannot be stored as it should be.
     """
-    if (offered := _offered(io, "check")) is not None:
+    if (offered := raw.offered(io, "check")) is not None:
         offered(checkpoint)
 
 
@@ -222,26 +163,10 @@ def probe(io: Any, directory: Any) -> int | None:
     Raises:
         OSError: nothing can be written there.
     """
-    offered = _offered(io, "probe")
+    offered = raw.offered(io, "probe")
     return None if offered is None else offered(directory)
 
 
-def wait(io: Any) -> None:
-    """Wait for everything under way; raise what failed."""
-    if (offered := _offered(io, "wait")) is not None:
-        offered()
-
-
 def teardown(io: Any) -> None:
-    if (offered := _offered(io, "teardown")) is not None:
+    if (offered := raw.offered(io, "teardown")) is not None:
         offered()
-
-
-def _offered(io: Any, name: str) -> Callable[..., Any] | None:
-    found = getattr(io, name, None)
-    return found if callable(found) else None
-
-
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters.values()
-    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
