@@ -57,7 +57,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Every rank's value, in order, on every rank."""
     if not is_initialized():
         return [value]

@@ -143,7 +143,7 @@ class CheckpointIOEngine:
         writing, self._writing = self._writing, None
         assert writing is not None
         names, error = writing.finish()
-        votes = _distributed.gather_objects((names, _told(error)))
+        votes = _distributed.all_gather_objects((names, _told(error)))
         failed = next(((rank, told) for rank, (_, told) in enumerate(votes) if told is not None), None)
         if failed is None:
             refused = None
