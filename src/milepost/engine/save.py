@@ -110,7 +110,7 @@ class Saving:
             with collector_paused():
                 tree = flattened.tree(self.places(blobs).__getitem__)
             head = new_head(step, metrics, 1, [earlier.blob for earlier in blobs])
-            head = self.write_rest(pending, head, tree, _maps(blobs))
+            head = self.write_rest(pending, head, tree, maps_of(blobs))
             identities = {name: identity(pending.file(name)) for name in head.files()}
             pending.commit()
         except BaseException:
@@ -310,7 +310,7 @@ def _reading(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _maps(blobs: list[Earlier]) -> list[tuple[str, bytes]]:
+def maps_of(blobs: list[Earlier]) -> list[tuple[str, bytes]]:
     """Which file holds which tensor, in the form other tools read, for each group that lies in two blobs."""
     groups: dict[str, list[Earlier]] = {}
     for earlier in blobs:

@@ -157,8 +157,8 @@ def _give_value(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
         planner.load_bytes(item, data)
     elif planner.flatten_state_dict:
         _put(planner.original_state_dict, planner.mappings[item.dest_index.fqn], value)
-    else:
-        planner.state_dict[item.dest_index.fqn] = value
+    else:  # DCP's own puts it only into what may be a copy
+        planner.state_dict[item.dest_index.fqn] = planner.original_state_dict[item.dest_index.fqn] = value
 
 
 def _put(state: Any, path: tuple[str | int, ...], value: Any) -> None:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from milepost.engine.loading import owned_tree, read_tensors
+from milepost.engine.locating import Located
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.requests import Destination
-from milepost.engine.state import rebuild, stored_type
+from milepost.engine.state import rebuild, references, stored_type
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointFormatError
 from milepost.format.boxes import Box
-from milepost.format.codec import PartsRef, RanksRef, TensorRef
+from milepost.format.codec import PartsRef, TensorRef
 from milepost.format.distcp import Chunk, is_distcp
 from milepost.format.distcp_files import DistcpFiles
 from milepost.format.manifest import HEAD_NAME
@@ -88,7 +90,7 @@ class DirectorySource:
         self._stored = stored
         self._unpickle = unpickle
         self._workers = Workers(threads)
-        self._rank = rank
+        self._located = Located(stored, rank)
         self._leaves: dict[str, Any] = {}
         self._rows: dict[tuple[str, tuple[int, ...]], TensorRef] = {}
         self.identity = f"step {stored.head.step} of {stored.head.time}, {stored.head.tree.xxh3_128}"
@@ -106,7 +108,7 @@ class DirectorySource:
         self._workers.close()
 
     def _look_through(self) -> None:
-        for path, leaf in _leaves((), self._stored.tree):
+        for path, leaf in _leaves((), owned_tree(self._stored)):
             key = ".".join(map(str, path))
             if key in self.paths:
                 raise CheckpointFormatError(
@@ -135,30 +137,14 @@ class DirectorySource:
 
     def value(self, key: str) -> Any:
         leaf = self._leaves[key]
-        if isinstance(leaf, RanksRef):
-            leaf = self._own(leaf, key)
-        return rebuild(leaf, self._whole, self._unpickle)
-
-    def _own(self, leaf: RanksRef, key: str) -> Any:
-        values = self._stored.rank_tree(self._rank)
-        if leaf.number >= len(values):
-            raise CheckpointFormatError(f"{self._stored.path}: rank {self._rank} has no value of its own for {key!r}.")
-        return values[leaf.number]
-
-    def _whole(self, ref: TensorRef) -> torch.Tensor:
-        """A tensor within a value."""
-        described, rows = self._described(ref)
-        tensor = torch.empty(described.shape, dtype=described.dtype)
-        self._read([(row, (0,) * len(box.shape), _part(tensor, box)) for box, row in rows])
-        return tensor
+        tensors = read_tensors(self._stored, self._located, self._workers, references(leaf), {})
+        return rebuild(leaf, tensors.__getitem__, self._unpickle)
 
     def read(self, requests: Sequence[Request]) -> None:
-        self._read([(self._rows[r.key, r.box], r.offsets, r.target) for r in requests])
-
-    def _read(self, parts: Sequence[tuple[TensorRef, tuple[int, ...], torch.Tensor]]) -> None:
         wanted: dict[int, list[Destination]] = {}
         keep: list[tuple[torch.Tensor, torch.Tensor]] = []  # what is written into, and what it stands for
-        for ref, offsets, target in parts:
+        for key, box, offsets, target in requests:
+            ref = self._rows[key, box]
             index = self._stored.index(ref.blob)
             dtype, shape = stored_type(index, ref.row)
             memory = target if _takes_bytes(target, dtype) else torch.empty(target.shape, dtype=dtype)
