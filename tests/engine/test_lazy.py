@@ -1,4 +1,7 @@
-"""Lazy staging: the snapshot is of the moment of `save`, whichever way the next step changes the tensors."""
+"""Lazy staging: the snapshot is of the moment of `save`, whichever way the next step changes the tensors.
+
+Each late copy is compared with one made at once (`MILEPOST_CHECK_LAZY=1`), beside what the tests compare themselves.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from milepost import Checkpointer
-from milepost.errors import MisconfigurationException
+from milepost.errors import CheckpointSaveError, MisconfigurationException
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILEPOST_CHECK_LAZY", "1")
 
 
 class Loop:
@@ -150,3 +159,174 @@ def test_after_a_save_and_after_closing_no_step_is_held_back(tmp_path: Path) -> 
 def test_lazy_needs_the_background(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="background=True"):
         Checkpointer(tmp_path, lazy=True, background=False)
+
+
+# ---- steps that are given a closure ----------------------------------------------------------------------------------
+
+TORCH = [
+    kind
+    for name in dir(torch.optim)
+    if isinstance(kind := getattr(torch.optim, name), type) and issubclass(kind, torch.optim.Optimizer)
+]
+
+
+def tensors_of(state: Any) -> Any:
+    return [[v for v in one.values() if isinstance(v, torch.Tensor)] for one in state.values()] or [[]]
+
+
+@pytest.mark.parametrize("kind", [k for k in TORCH if k is not torch.optim.Optimizer])
+def test_every_optimizer_of_torch_calls_its_closure_before_it_changes_anything(kind: Any) -> None:
+    """What the gate relies on, where it waits at the end of the closure and not before the step."""
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([weight], lr=0.1)
+    seen: list[Any] = []
+
+    def state() -> Any:
+        return copy.deepcopy([weight.detach(), optimizer.state_dict()["state"]])
+
+    def closure() -> torch.Tensor:
+        seen.append(state())
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        if kind is torch.optim.SparseAdam:
+            weight.grad = weight.grad.to_sparse()  # type: ignore[union-attr]
+        return loss.detach()
+
+    for _ in range(2):
+        before = state()
+        optimizer.step(closure)
+        first = seen[0]
+        if kind is torch.optim.LBFGS:  # has begun to count its calls: plain numbers, which are copied at once
+            first = [
+                first[0],
+                {n: {k: v for k, v in s.items() if k in before[1].get(n, {})} for n, s in first[1].items()},
+            ]
+            before = [before[0], {n: before[1].get(n, {}) for n in first[1]}]
+        assert same(first, before)
+        assert not same(state()[0], before[0])
+        seen.clear()
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_step_with_a_closure_waits_at_its_end_so_that_the_copy_overlaps_it(tmp_path: Path, name: str) -> None:
+    loop = Loop(tmp_path, OPTIMIZERS[name])
+    loop.optimizer.step(loop.forward_and_backward)
+    loop.hold_up_the_copying()
+    expected = copy.deepcopy({k: v.state_dict() for k, v in loop.state.items()})
+    handle = loop.checkpointer.save(1, loop.state)
+    inside: list[bool] = []
+
+    def closure() -> torch.Tensor:
+        inside.append(handle.staging is not None and not handle.staging.done())
+        loss = loop.forward_and_backward()
+        loop.go.set()
+        return loss
+
+    loop.optimizer.step(closure)
+    assert inside[0], "the closure ran while the copy was held up"
+    loop.checkpointer.wait()
+    assert same(loop.checkpointer.load(1), expected)
+    loop.checkpointer.close()
+
+
+def test_a_save_out_of_a_closure_is_copied_at_once(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, torch.optim.AdamW)
+    expected: list[Any] = []
+
+    def closure() -> torch.Tensor:
+        loss = loop.forward_and_backward()
+        expected.append(copy.deepcopy(loop.model.state_dict()))
+        assert loop.checkpointer.save(1, loop.state).staging is None
+        return loss
+
+    loop.optimizer.step(closure)
+    loop.checkpointer.wait()
+    assert same(loop.checkpointer.load(1)["model"], expected[0])
+    loop.checkpointer.close()
+
+
+# ---- what goes on between a save and a step -------------------------------------------------------------------------
+
+
+def test_clipping_accumulation_and_averages_change_nothing_of_it(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, torch.optim.AdamW)
+    average = AveragedModel(loop.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    state = {**loop.state, "average": average}
+    expected = {}
+    for step in range(1, 13):
+        loss = loop.model(torch.randn(4, 8)).square().sum()
+        loss.backward()  # gradients of three batches add up, and there is a save after each
+        if step % 3 == 0:
+            nn.utils.clip_grad_norm_(loop.model.parameters(), 0.1)
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+            average.update_parameters(loop.model)
+        gradients = {name: p.grad for name, p in loop.model.named_parameters() if p.grad is not None}
+        saved = {**state, "gradients": gradients}
+        expected[step] = copy.deepcopy({k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in saved.items()})
+        loop.checkpointer.save(step, saved)
+    loop.checkpointer.wait()
+    for step, one in expected.items():
+        assert same(loop.checkpointer.load(step), one), step
+    loop.checkpointer.close()
+
+
+def test_a_buffer_that_begins_with_a_parameter_is_copied_at_once(tmp_path: Path) -> None:
+    flat = torch.zeros(10)
+    weight = nn.Parameter(flat[:4])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    checkpointer, go = Checkpointer(tmp_path, lazy=True, threads=1), threading.Event()
+    checkpointer._engine._started().pool.submit(go.wait)
+    checkpointer.save(1, {"flat": flat, "optimizer": optimizer})
+    flat[4:] = 7
+    go.set()
+    checkpointer.wait()
+    assert checkpointer.load(1)["flat"].tolist() == [0] * 10
+    checkpointer.close()
+
+
+# ---- who writes all the same is found out ---------------------------------------------------------------------------
+
+
+def write_by_data(weight: torch.Tensor) -> None:
+    weight.data.mul_(2)
+
+
+def write_in_place(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("write", "compared"), [(write_by_data, True), (write_in_place, True), (write_in_place, False)]
+)
+def test_a_write_between_save_and_step_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, compared: bool
+) -> None:
+    monkeypatch.setenv("MILEPOST_CHECK_LAZY", "1" if compared else "0")
+    loop = Loop(tmp_path, torch.optim.AdamW)
+    loop.step()
+    loop.checkpointer.save(1, loop.state, wait=True)
+    loop.hold_up_the_copying()
+    handle = loop.checkpointer.save(2, loop.state)
+    write(loop.model[2].weight)
+    loop.go.set()
+    loop.step()
+    with pytest.raises(CheckpointSaveError, match=r"'model\.2\.weight' was written to") as caught:
+        handle.result()
+    assert caught.value.step == 2 and caught.value.path == str(tmp_path / "step-00000002")
+    assert loop.checkpointer.steps() == [1]
+    loop.checkpointer.save(3, loop.state, wait=True)
+    assert loop.checkpointer.steps() == [1, 3]
+    loop.checkpointer.close()
+
+
+def test_who_waits_for_the_copy_may_write(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, torch.optim.AdamW)
+    expected = copy.deepcopy(loop.model.state_dict())
+    loop.checkpointer.save(1, loop.state).staged()
+    write_by_data(loop.model[2].weight)
+    loop.checkpointer.wait()
+    assert same(loop.checkpointer.load(1)["model"], expected)
+    loop.checkpointer.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from milepost import LightningModule, Trainer
 from milepost.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from milepost.engine.lazy import changed_by_steps
+from milepost.engine.lazy import StepGate, changed_by_steps
+from milepost.errors import CheckpointSaveError
 from milepost.plugins import SnapshotCheckpointIO
 
 
@@ -218,3 +220,128 @@ def test_a_scheduler_on_the_optimizer_does_not_matter() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert changed_by_steps([optimizer])
+
+
+# ---- who else writes to weights ------------------------------------------------------------------------------------
+
+
+class Writes(Net):
+    """Writes to a weight in training_step, before the step, where the Trainer cannot know of it."""
+
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.told = told
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.held is not None and batch_idx:
+            if self.told:
+                self.held.go.set()
+                self.trainer.finish_staging()
+            self.layers[2].weight.data.clamp_(-0.01, 0.01)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_training_step_that_writes_is_found_out_unless_it_has_waited(tmp_path: Path) -> None:
+    io = SnapshotCheckpointIO(lazy=True, threads=1)
+    net = Writes(told=False)
+    net.held = Held(io)
+    with pytest.raises(CheckpointSaveError, match=r"'state_dict\.layers\.2\.weight' was written to"):
+        fit(tmp_path / "not", net, io, net.held)
+    net = Writes(told=True)
+    net.held = Held(io)
+    fit(tmp_path / "told", net, io, net.held)
+    assert len(io.list(tmp_path / "told")) == 6
+
+
+class Loads(Net):
+    """Takes other weights between the save and the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx:
+            threading.Timer(0, self.held.go.set).start()  # type: ignore[union-attr]
+            self.load_state_dict({name: tensor + 1 for name, tensor in self.state_dict().items()})
+        return super().training_step(batch, batch_idx)
+
+
+def test_loading_weights_into_the_module_waits_for_the_copy(tmp_path: Path) -> None:
+    io = SnapshotCheckpointIO(lazy=True, threads=1)
+    net = Loads()
+    net.held = Held(io)
+    fit(tmp_path, net, io, net.held)
+    for step in range(1, 7):
+        found = io.load_checkpoint(tmp_path / f"step={step}.ckpt")["state_dict"]
+        assert same(found, net.held.expected[step]["state_dict"])
+
+
+class Fails(Net):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 3:
+            raise self.error
+        return loss
+
+
+class WritesOnException(Callback):
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.zero_()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_or_interrupt_first_finishes_the_copy(tmp_path: Path, error: type[BaseException]) -> None:
+    io = SnapshotCheckpointIO(lazy=True, threads=1)
+    net = Fails(error)
+    net.held = Held(io)
+    with pytest.raises(error):
+        fit(tmp_path, net, io, net.held, WritesOnException())
+    assert len(io.list(tmp_path)) == 3
+    found = io.load_checkpoint(tmp_path / "step=3.ckpt")["state_dict"]
+    assert same(found, net.held.expected[3]["state_dict"])
+
+
+def test_a_run_that_loads_another_checkpoint_comes_after_the_copy(tmp_path: Path) -> None:
+    io = SnapshotCheckpointIO(lazy=True)
+    net = Net()
+    trainer = fit(tmp_path, net, io)
+    last = copy.deepcopy(net.state_dict())
+    data = DataLoader(TensorDataset(torch.randn(4, 8)))
+    net.test_step = net.validation_step  # type: ignore[method-assign]
+    trainer.save_checkpoint(tmp_path / "by hand")
+    trainer.test(net, data, ckpt_path=str(tmp_path / "step=1.ckpt"))
+    assert not same(net.state_dict(), last)
+    assert same(io.load_checkpoint(tmp_path / "by hand")["state_dict"], last)
+    assert same(io.load_checkpoint(tmp_path / "step=6.ckpt")["state_dict"], last)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_steps_out_of_compiled_code_wait_too() -> None:
+    """The hook of a step that torch.compile has traced before there was anything to wait for."""
+    torch._dynamo.reset()
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gate, copied = StepGate(), Future[None]()
+
+    @torch.compile(backend="eager")
+    def train(batch: torch.Tensor) -> None:
+        loss = model(batch).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batch = torch.randn(4, 8)
+    train(batch)
+    gate.hold_until(copied)
+    before = model.weight.detach().clone()
+    stepping = threading.Thread(target=train, args=(batch,))
+    stepping.start()
+    stepping.join(1)  # not a proof by time: whatever it does until then, it cannot have stepped
+    assert torch.equal(model.weight, before)
+    copied.set_result(None)
+    stepping.join()
+    assert not torch.equal(model.weight, before)
+    gate.release()
+    torch._dynamo.reset()

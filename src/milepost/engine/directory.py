@@ -15,7 +15,7 @@ import torch
 from milepost import _distributed
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
-from milepost.engine.lazy import StepGate, rows_that_can_wait
+from milepost.engine.lazy import StepGate, WrittenMeanwhile, rows_that_can_wait
 from milepost.engine.loading import owned_tree, read_tensors
 from milepost.engine.locating import Located, Ref
 from milepost.engine.plan_memory import PlanMemory
@@ -404,9 +404,10 @@ def _as_save_error(error: BaseException, save: DirectorySave) -> BaseException:
     if isinstance(error, RankFailure):
         rank, cause = error.rank, error.cause
     where = "" if rank is None else f" on rank {rank}"
+    remedy = "; free space or fix the permissions of the directory, or give another one"
     made = CheckpointSaveError(
         f"Saving the checkpoint of step {save.step} to {save.path!r} failed{where}: {cause}. What was there before is"
-        " intact; free space or fix the permissions of the directory, or give another one.",
+        f" intact{'' if isinstance(error, WrittenMeanwhile) else remedy}.",
         path=save.path,
         step=save.step,
         rank=rank,

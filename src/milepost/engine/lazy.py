@@ -26,7 +26,6 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from milepost.engine.requests import BlobPlan
-from milepost.errors import CheckpointSaveError
 
 CHECK_VARIABLE = "MILEPOST_CHECK_LAZY"
 """Set to 1: each lazy copy is compared with one made at once. Takes the memory and the time of that copy."""
@@ -170,6 +169,10 @@ def rows_that_can_wait(plan: BlobPlan, known: Mapping[int, int]) -> set[int]:
 # ---- whether it was right ------------------------------------------------------------------------------------------
 
 
+class WrittenMeanwhile(RuntimeError):
+    """What was copied is of no one moment. Whoever saves it raises `CheckpointSaveError` from this."""
+
+
 class Watch:
     """Finds out, once the tensors are copied, whether somebody has written to them meanwhile.
 
@@ -183,7 +186,7 @@ class Watch:
         compare = os.environ.get(CHECK_VARIABLE) == "1" if compare is None else compare
         self._before = [tensor.detach().clone() for _, tensor, _ in self._tensors] if compare else []
 
-    def violation(self, copies: Sequence[torch.Tensor]) -> CheckpointSaveError | None:
+    def violation(self, copies: Sequence[torch.Tensor]) -> WrittenMeanwhile | None:
         """What is to be raised; None where all is well. `copies` are the bytes that were copied, in the same order."""
         written = [name for name, tensor, version in self._tensors if tensor._version != version]
         if not written:
@@ -195,8 +198,8 @@ class Watch:
         if not written:
             return None
         more = f" and {len(written) - 1} more" if len(written) > 1 else ""
-        return CheckpointSaveError(
+        return WrittenMeanwhile(
             f"{written[0]!r}{more} was written to while it was being copied, and not by a step of an optimizer: the"
             " checkpoint would be of no one moment. Call the handle's staged() before writing to weights by hand"
-            " (trainer.finish_staging() under a Trainer), or save without lazy=True."
+            " (trainer.finish_staging() under a Trainer), or save without lazy=True"
         )
