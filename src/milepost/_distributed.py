@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -31,6 +38,52 @@ class OfAllRanks(Generic[T]):
     values: tuple[T, ...]
 
 
+# ---- the process group -----------------------------------------------------------------------------------------------
+
+
+def is_launched() -> bool:
+    """Whether a launcher, such as torchrun, has told this process its place among others."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def announced_rank() -> int:
+    """The rank, also before there is a process group: the one that the launcher has told."""
+    return int(os.environ["RANK"]) if is_launched() and not is_initialized() else rank()
+
+
+def start(backend: str, timeout: timedelta | None = None) -> None:
+    """Join the process group that the launcher has announced, or make one of a single rank. Left when Python exits.
+
+    A group that is there already is taken as it is, and stays its maker's to destroy.
+    """
+    if is_initialized():
+        return
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    if is_launched():
+        store, place, ranks = next(rendezvous("env://", **options))
+        store = PrefixStore(_generation(), store)
+    else:
+        store, place, ranks = HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=place, world_size=ranks, **options)
+    atexit.register(stop)
+
+
+def _generation() -> str:
+    """Tells the ranks that are started now from those before a restart.
+
+    torchrun keeps one store for all of them (torch 2.13), in which new ranks would find where the dead ones listened.
+    On several machines the counts of restarts may differ: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"milepost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}"
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
 def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -43,6 +96,9 @@ def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
 
 
+# ---- collectives: call them on every rank ---------------------------------------------------------------------------
+
+
 def barrier() -> None:
     if is_initialized():
         dist.barrier()
@@ -50,20 +106,57 @@ def barrier() -> None:
 
 def broadcast_object(value: T, source: int = 0) -> T:
     """Return rank `source`'s value on every rank."""
-    if not is_initialized():
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value, in order, on every rank."""
-    if not is_initialized():
+def gather_objects(value: T) -> list[T] | None:
+    """Every rank's `value`, by rank; None on all ranks but 0."""
+    if world_size() == 1:
         return [value]
-    found: list[T] = [value] * dist.get_world_size()
+    found: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, found)
+    return found
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, by rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, which alone calls it; an error of it is raised on every rank."""
+    if world_size() == 1:
+        return function()
+    value: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = function()
+        except Exception as raised:
+            error = raised
+    value, told = broadcast_object((value, None if error is None else _sendable(error)))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return value  # type: ignore[no-any-return]
+
+
+def _sendable(error: Exception) -> Exception:
+    """`error` as the other ranks can have it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+    return error
 
 
 def all_gather(
@@ -85,3 +178,13 @@ def all_gather(
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
     return torch.stack(parts)
+
+
+def reduced(tensor: torch.Tensor, operation: str, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The ``"mean"``, ``"sum"``, ``"min"`` or ``"max"`` of every rank's `tensor`; `tensor` itself on a single rank."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    kinds = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+    dist.all_reduce(total, kinds.get(operation, dist.ReduceOp.SUM), group=group)
+    return total / dist.get_world_size(group) if operation == "mean" else total

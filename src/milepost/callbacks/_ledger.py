@@ -51,6 +51,7 @@ class Ledger:
         self.committed = Catalog()
         self.doomed: list[str] = []  # what a run that died between a commit and its removals has left
         self.dirpath = ""
+        self.announce: Callable[[str], None] = lambda path: None  # told before each save
         self._in_flight: list[Save] = []
 
     @property
@@ -78,6 +79,7 @@ class Ledger:
         try:
             for save in saves:
                 _prepare(save.path, trainer.global_step)
+                self.announce(save.path)
                 save.pending = trainer.save_checkpoint(save.path, self.weights_only)
         finally:
             # A trainer that returns nothing has finished by the time it returns; one that raised has set no handle.
@@ -117,7 +119,7 @@ class Ledger:
         if unlinked:
             change = replace(change, last="")
         removed = self._switch(trainer, self.committed.after(change, self.policy), change)
-        if unlinked:
+        if unlinked and trainer.world_size == 1:
             # The bytes cannot get a second name: save the state of now, which is at least as new.
             last = Save(save.link_to, Change(last=save.link_to, crash=change.crash), record=save.record)
             self.submit(trainer, [last])

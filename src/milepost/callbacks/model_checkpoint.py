@@ -13,6 +13,7 @@ import torch
 
 from milepost.callbacks._arguments import check_last, resolve_retention
 from milepost.callbacks._cataloged import CatalogedCheckpoint
+from milepost.callbacks._followers import Followers
 from milepost.callbacks._ledger import Save
 from milepost.callbacks._monitor import Monitor
 from milepost.callbacks._naming import absolute, default_dirpath
@@ -102,6 +103,7 @@ class ModelCheckpoint(CatalogedCheckpoint):
             policy, weights_only=save_weights_only, on_error=on_save_error, committed=self._on_committed
         )
         self._ledger = self._saver.ledger
+        self._followers = Followers(self._saver)
         self._monitor = Monitor(monitor)
         self.current_score: torch.Tensor | None = None
         self._io: Any = None
@@ -134,6 +136,7 @@ class ModelCheckpoint(CatalogedCheckpoint):
         """Fix the directory."""
         if self.dirpath is None:
             self.dirpath = default_dirpath(trainer)
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
         self._ledger.dirpath = self.dirpath
         self._io = trainer.strategy.checkpoint_io
         self._source = os.fspath(trainer.ckpt_path or "")
@@ -143,11 +146,14 @@ class ModelCheckpoint(CatalogedCheckpoint):
         self._clock = time.monotonic()
         self._monitor.begin()
         self._done = Done.resumed(trainer.global_step, has_last=bool(self._ledger.committed.last))
-        if trainer.is_global_zero and not idle(trainer):
-            self._saver.take_up(trainer, self.monitor)
-            if not self._trigger.never or self.save_last or self.save_on_exception:
-                preflight(trainer, self._saver, with_last=bool(self.save_last))
+        if not idle(trainer):
+            self._followers.decide(trainer, lambda: self._take_up(trainer), self)
         self._publish()
+
+    def _take_up(self, trainer: Trainer) -> None:
+        self._saver.take_up(trainer, self.monitor)
+        if not self._trigger.never or self.save_last or self.save_on_exception:
+            preflight(trainer, self._saver, with_last=bool(self.save_last))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit what is done; save where the step or time trigger fires."""
@@ -155,11 +161,14 @@ class ModelCheckpoint(CatalogedCheckpoint):
         step = trainer.global_step
         if idle(trainer) or step == self._done.fired:
             return
-        timed = self._trigger.after(time.monotonic() - self._clock)
+        timed = self._trigger.interval is not None and self._time_is_up(trainer)
         if timed or self._trigger.at_step(step):
             self._clock = time.monotonic()
             self._done.fired = step
-            self._fire(trainer)
+            self._followers.decide(trainer, lambda: self._fire(trainer), self)
+
+    def _time_is_up(self, trainer: Trainer) -> bool:
+        return bool(trainer.strategy.broadcast(self._trigger.after(time.monotonic() - self._clock)))  # clocks differ
 
     def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Save where the epoch trigger acts here, and decide what was waiting for this validation."""
@@ -168,13 +177,16 @@ class ModelCheckpoint(CatalogedCheckpoint):
             return
         self._monitor.validated = True
         here = not saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
-        self._act(trainer, due=here and self._trigger.at_epoch(trainer.current_epoch))
+        due = here and self._trigger.at_epoch(trainer.current_epoch)
+        self._followers.decide(trainer, lambda: self._act(trainer, due=due), self)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Save where the epoch trigger acts here, decide what is still waiting, refresh the last."""
         self._poll(trainer)
-        if idle(trainer):
-            return
+        if not idle(trainer):
+            self._followers.decide(trainer, lambda: self._end_epoch(trainer), self)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
         if self._monitor.check(trainer):
             self._deferred = self._deferred or not self._ledger.projected.paths()
         here = saves_at_train_epoch_end(trainer, self._save_on_train_epoch_end)
@@ -183,6 +195,9 @@ class ModelCheckpoint(CatalogedCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Refresh the last, leave a file where a decision is still open and there is none, wait for all commits."""
+        self._followers.decide(trainer, lambda: self._end_run(trainer), self)
+
+    def _end_run(self, trainer: Trainer) -> None:
         self._poll(trainer, wait=True)
         if not idle(trainer):
             open_and_empty = self._deferred and not self._ledger.projected.paths()
@@ -255,6 +270,7 @@ class ModelCheckpoint(CatalogedCheckpoint):
         return well
 
     def _poll(self, trainer: Trainer, *, wait: bool = False) -> None:
+        self._followers.settle(wait=wait)
         if not self._saver.poll(trainer, wait=wait):
             self._done.forget_saves()
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, TensorDataset, default_collate
 
+from milepost.data.division import Division
 from milepost.data.indices import (
     SeededIndex,
     numbers_of,
@@ -58,9 +59,12 @@ class TrackedLoader:
 
     stateful = False  # it has no state of its own: what is saved is ours
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int, number: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], *, seed: int, rank: int, number: int, division: Division | None = None
+    ) -> None:
         self.loader = loader
         self._parts = (seed, rank, number)
+        self._native = self.division = division
         self.iterable = isinstance(loader.dataset, IterableDataset)
         self._in_workers = self.iterable and loader.num_workers > 0 and not isinstance(loader.dataset, IterDataPipe)
         self.batched = loader.batch_sampler is not None
@@ -96,11 +100,16 @@ class TrackedLoader:
             else SeededIndex(index, self.seed_of(batch_idx))
         )
 
+    def prepare(self) -> None:
+        """Called before `begin`, so that `length` is that of the epoch to come."""
+        self.division = self._division_from(self._pending_state)
+
     def begin(self, epoch: int, cycle: int = 0) -> None:
         """Start `epoch` (for the `cycle`-th time in it), or go on where the loaded state stands."""
         loaded, self._pending_state = self._pending_state, None
         if loaded is not None:
             self.close()  # its workers stand elsewhere
+        self.division = self._division_from(loaded)
         self.epoch = epoch if loaded is None else loaded.get("epoch", epoch)
         self.cycle = cycle if loaded is None else loaded.get("cycle", 0)
         self._worker_states, self._next_worker, self._ended = {}, 0, False
@@ -114,7 +123,7 @@ class TrackedLoader:
         if loaded is not None and loaded.get("order"):
             restore_order(self.loader, loaded["order"])
         self._order = order_state(self.loader)
-        self.start = 0 if self.iterable else self.seen
+        self.start = 0 if self.iterable else self.seen - (self.division.before if self.division else 0)
         self._replay_order()
         begun = loaded is not None and (self.seen or loaded.get("dataset") is not None)
         skip = self._restore_dataset(loaded) if loaded is not None and begun else 0
@@ -125,9 +134,29 @@ class TrackedLoader:
     def _replay_order(self) -> None:
         # at once, not at the first batch: the generators that the user gave must move on even if none is left
         stop = None if self.iterable or math.isinf(self.limit) else int(self.limit)
-        self.replay = itertools.islice(replayed(self.sampler, self.seed_of("sampler")), stop)
+        if self.division is None:
+            indices = replayed(self.sampler, self.seed_of("sampler"))
+        else:
+            indices = self._divided_order(self.division)
+            stop = None if stop is None else max(stop - self.division.before, 0)
+        self.replay = itertools.islice(indices, stop)
         for _ in range(self.start):
             next(self.replay, None)
+
+    def _divided_order(self, division: Division) -> Iterator[Any]:
+        seed, _, number = self._parts
+        # of rank 0: the loader's own sampler is to say the same on every rank
+        shared_seed = derived_seed(seed, 0, number, self.epoch, self.cycle, "sampler")
+        own = replayed(division.sampler(self.loader), shared_seed)
+        order = division.order(self.loader, self.epoch, own)
+        return division.batches(self.loader, division.share(order))
+
+    def _division_from(self, loaded: dict[str, Any] | None) -> Division | None:
+        """The division of this epoch: that of a checkpoint goes on, and be it on a single rank."""
+        state = None if loaded is None else loaded.get("division")
+        if state is None:
+            return self._native
+        return (self._native or Division(0, 1)).going_on(state)
 
     def _restore_dataset(self, loaded: dict[str, Any]) -> int:
         """Bring the dataset to its saved state. Returns how many batches must be read again for want of one."""
@@ -253,6 +282,8 @@ class TrackedLoader:
             "batches_seen": self.seen,
             "order": self._order,
         }
+        if self.division is not None:
+            state["division"] = self.division.state_dict(self.loader.batch_size)
         if self._changing is not None:
             state["changing"] = self._changing
         if self._dataset_state is not None:
@@ -288,7 +319,7 @@ class TrackedLoader:
 
     def length(self) -> int | float:
         """Batches in an epoch, inf where unknown."""
-        return length_of(self.loader)
+        return length_of(self.loader) if self.division is None else self.division.batch_count(self.loader)
 
     def close(self) -> None:
         """Let the workers go."""
@@ -298,7 +329,9 @@ class TrackedLoader:
 class PlainSource:
     """An iterable that is no torch DataLoader. Its position is its own ``state_dict``, or a count of batches."""
 
-    def __init__(self, iterable: Iterable[Any], *, seed: int, rank: int, number: int) -> None:
+    def __init__(
+        self, iterable: Iterable[Any], *, seed: int, rank: int, number: int, division: Division | None = None
+    ) -> None:
         self.iterable_object: Any = iterable
         self._parts = (seed, rank, number)
         self.seen = 0
@@ -309,6 +342,9 @@ class PlainSource:
         self.stateful = is_stateful(iterable)
         self.limit: int | float = math.inf
         self._drawn = 0
+
+    def prepare(self) -> None:
+        """Its length is what it says at any time."""
 
     def _seeded(self, part: int | str) -> Any:
         return seeded(derived_seed(*self._parts, self.epoch, self.cycle, part))

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from milepost.data.division import Division
 from milepost.data.indices import SeededIndex, draws_at_once, order_state, restore_order, sampler_parts
 from milepost.data.rng import PrivateRng, derived_seed, seeded
 from milepost.data.sources import length_of
@@ -26,8 +27,10 @@ class StatefulLoader:
 
     stateful = True
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, rank: int, number: int) -> None:
-        self.loader: Any = loader
+    def __init__(
+        self, loader: DataLoader[Any], *, seed: int, rank: int, number: int, division: Division | None = None
+    ) -> None:
+        self.loader: Any = loader if division is None else _with_torchs_sampler(loader, division)
         self._parts = (seed, rank, number)
         self.epoch = self.cycle = self.seen = 0
         self.limit: int | float = math.inf
@@ -41,6 +44,9 @@ class StatefulLoader:
     def seed_of(self, part: int | str) -> int:
         """Seed of a batch, or of what a name stands for, in this epoch."""
         return derived_seed(*self._parts, self.epoch, self.cycle, part)
+
+    def prepare(self) -> None:
+        """Its length is what it says at any time."""
 
     def begin(self, epoch: int, cycle: int = 0) -> None:
         """Start `epoch` (for the `cycle`-th time in it), or go on where the loaded state stands."""
@@ -122,6 +128,19 @@ class StatefulLoader:
         self._iterator = iter(())
         if hasattr(self.loader, "_iterator"):
             self.loader._iterator = None
+
+
+def _with_torchs_sampler(loader: DataLoader[Any], division: Division) -> DataLoader[Any]:
+    """A copy of `loader`, which keeps its position itself, that reads one rank's samples through torch's sampler."""
+    sampler: Any = DistributedSampler(
+        loader.dataset, division.ranks, division.rank, bool(division.shuffle), division.seed, division.uneven == "drop"
+    )
+    batching = loader.batch_sampler
+    fields = (divided := copy.copy(loader)).__dict__  # DataLoader refuses plain assignment
+    fields["sampler"] = sampler
+    if batching is not None:
+        fields["batch_sampler"] = BatchSampler(sampler, loader.batch_size or 1, loader.drop_last)
+    return divided
 
 
 class _Tagging:

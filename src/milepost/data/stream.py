@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 
+from milepost.data.division import Division
 from milepost.data.sources import PlainSource, TrackedLoader, length_of
 from milepost.data.stateful_loader import StatefulLoader
 from milepost.data.workers import is_stateful
@@ -28,6 +30,8 @@ class BatchStream:
             ``"sequential"``: one loader after the other.
         limits: batches of each loader and epoch at most (int), or the fraction of them (float), or None.
         seed: of this run's data; equal seeds give equal batches.
+        rank: the randomness of a batch depends on it too.
+        divide: how each loader's samples are divided among ranks; None where it is read as it is.
 
     Nothing in here draws from the process's own random generators: those are the model's.
     """
@@ -40,6 +44,7 @@ class BatchStream:
         limits: int | float | None,
         seed: int,
         rank: int = 0,
+        divide: Callable[[Any], Division | None] = lambda item: None,
         name: str = "train_dataloader",
     ) -> None:
         if isinstance(loaders, CombinedLoader):
@@ -56,15 +61,11 @@ class BatchStream:
         self.mode = mode
         self._name = name
         self._sources: list[Any] = [
-            _source_class(item)(item, seed=seed, rank=rank, number=i) for i, item in enumerate(flat)
+            _source_class(item)(item, seed=seed, rank=rank, number=i, division=divide(item))
+            for i, item in enumerate(flat)
         ]
-        lengths = [source.length() for source in self._sources]
-        self._limits = [_limited(length, limits, name) for length in lengths]
-        self._look_ahead = any(math.isinf(length) for length in lengths)
-        self.num_batches: Any = self._limits if mode == "sequential" else _combined(self._limits, mode)
-        for source, most in zip(self._sources, self._limits, strict=True):
-            # read together, a loader with fewer batches than the others starts again after all of its own
-            source.limit = most if mode == "sequential" else self.num_batches
+        self._limit = limits
+        self._measure()
         self.is_last = False
         self.batches_seen = 0
         self._epoch = 0
@@ -73,6 +74,16 @@ class BatchStream:
         self._ahead: Any = None
         self._position: dict[str, Any] | None = None
         self._pending_state: dict[str, Any] | None = None
+
+    def _measure(self) -> None:
+        """Find the number of batches. It may be another in an epoch that goes on among other ranks."""
+        lengths = [source.length() for source in self._sources]
+        self._limits = [_limited(length, self._limit, self._name) for length in lengths]
+        self._look_ahead = any(math.isinf(length) for length in lengths)
+        self.num_batches: Any = self._limits if self.mode == "sequential" else _combined(self._limits, self.mode)
+        for source, most in zip(self._sources, self._limits, strict=True):
+            # read together, a loader with fewer batches than the others starts again after all of its own
+            source.limit = most if self.mode == "sequential" else self.num_batches
 
     def begin(self, epoch: int) -> None:
         """Start an epoch; once after `load_state_dict`, go on at the position that was saved."""
@@ -92,6 +103,9 @@ class BatchStream:
             self._refuse_others(states)
             for source, state in zip(self._sources, states, strict=True):
                 source.load_state_dict(state)
+        for source in self._sources:
+            source.prepare()
+        self._measure()
         for source in self._sources:
             source.begin(epoch)
 

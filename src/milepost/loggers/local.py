@@ -61,6 +61,10 @@ class LocalLogger(Logger):
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
         return str(Path(self.root_dir, version, self.sub_dir or ""))
 
+    def agree(self) -> None:
+        """Take the version that rank 0 has. Called on every rank at the start of a run."""
+        self._version = _distributed.on_rank_zero(lambda: self.version)
+
     def log_hyperparams(self, params: Mapping[str, Any] | Any = None, *args: Any, **kwargs: Any) -> None:
         """Add to the hyperparameters and write them to ``hparams.yaml``."""
         if _distributed.rank() != 0:

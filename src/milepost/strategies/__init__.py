@@ -4,6 +4,8 @@ from milepost._lazy import lazy_names
 
 _NAMES = {
     "Strategy": "milepost.strategies.strategy",
+    "DDPStrategy": "milepost.strategies.ddp",
+    "ParallelStrategy": "milepost.strategies.parallel",
     "SingleDeviceStrategy": "milepost.strategies.single_device",
 }
 __all__ = sorted(_NAMES)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from milepost import _distributed
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.strategies import saving
 
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
@@ -74,7 +76,38 @@ class Strategy:
 
     @property
     def is_global_zero(self) -> bool:
-        return _distributed.rank() == 0
+        return _distributed.announced_rank() == 0
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train together."""
+        return _distributed.world_size()
+
+    @property
+    def data_ranks(self) -> int:
+        """How many parts the data is divided into: ranks that hold one replica together read the same."""
+        return self.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts is this rank's."""
+        return _distributed.rank()
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of this machine that the run uses."""
+        return 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that the run uses."""
+        return 1
+
+    def place(self, accelerator: str, devices: Any, num_nodes: int) -> None:
+        """Told by the Trainer, when it is made, what it was given. A strategy that knows its device does nothing."""
+
+    def launch(self) -> None:
+        """Called first in every run: start or join the other ranks. It need not return: `ParallelStrategy`."""
 
     def connect(self, module: Any) -> None:
         """Called by the Trainer at the start of every run."""
@@ -84,9 +117,46 @@ class Strategy:
         """Called after the checkpoint's weights are in place: move the module to its device."""
         self._lightning_module.to(self.root_device)
 
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def run_training_step(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Run ``call(*arguments)``, the module's training step. A strategy that wraps the model goes through it."""
+        return call(*arguments)
+
+    def backward_done(self) -> None:
+        """Called after each backward pass of automatic and manual optimization."""
+
+    def without_gradient_sync(self) -> AbstractContextManager[Any]:
+        """Entered around a batch whose gradients are only added up, and not stepped with yet."""
+        return nullcontext()
+
+    def before_evaluation(self) -> None:
+        """Called on every rank before a validation, test or prediction begins."""
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> Pending:
-        """Store `checkpoint`; returns a handle that is done once the checkpoint is durable. Called on every rank."""
-        return io_calls.save(self.checkpoint_io, checkpoint, filepath, storage_options, self.stepping_optimizers)
+        """Store `checkpoint`; returns a handle that is done once the checkpoint is durable. Called on every rank.
+
+        A `CheckpointIO` that takes every rank's part is called on each. Any other is called on rank 0, and what each
+        rank has for itself (`milepost.PerRank`) stands there as the list of all.
+
+        Raises:
+            CheckpointSaveError: it failed on rank 0, whose error this is there; raised on every rank.
+        """
+        return saving.save(self.checkpoint_io, checkpoint, filepath, storage_options, self.stepping_optimizers)
+
+    def save_checkpoint_alone(self, checkpoint: dict[str, Any], filepath: str) -> Pending:
+        """The same while an error ends the run, when ranks cannot meet: rank 0 saves what it has, others do nothing.
+
+        Raises:
+            CheckpointSaveError: the plugin needs every rank.
+        """
+        return saving.save_alone(self.checkpoint_io, checkpoint, filepath)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Ask the plugin whether `checkpoint` could be stored; raises what it raises."""
+        io_calls.check(self.checkpoint_io, saving.own_part(self.checkpoint_io, checkpoint))
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; tensors come back on the CPU unless the plugin decides otherwise."""
@@ -94,8 +164,9 @@ class Strategy:
         return loaded
 
     def remove_checkpoint(self, filepath: str) -> None:
-        """Delete a checkpoint."""
-        io_calls.remove(self.checkpoint_io, filepath)
+        """Delete a checkpoint. Rank 0 does."""
+        if self.is_global_zero:
+            io_calls.remove(self.checkpoint_io, filepath)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights that a checkpoint gets. Override it to save others, such as those that are trained only."""

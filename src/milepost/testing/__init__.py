@@ -9,6 +9,7 @@ _NAMES = {
     "FaultyStore": "milepost.testing.faulty_store",
     "RecordingStore": "milepost.testing.recording",
     "StoreTests": "milepost.testing.store",
+    "run_ranks": "milepost.testing.ranks",
     "crash_states": "milepost.testing.crashes",
 }
 __all__ = sorted(_NAMES)

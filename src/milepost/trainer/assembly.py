@@ -17,7 +17,7 @@ from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.preemption import Preemption
 from milepost.precision.precision import Precision, make_precision
 from milepost.profilers.profiler import PassThroughProfiler
-from milepost.strategies.single_device import SingleDeviceStrategy
+from milepost.strategies.names import strategy_of
 from milepost.strategies.strategy import Strategy
 from milepost.trainer import defaults
 from milepost.trainer.datamodule import DataModule
@@ -27,12 +27,8 @@ if TYPE_CHECKING:
     from milepost.trainer.trainer import Trainer
 
 
-def refuse_unsupported(*, num_nodes: int, sync_batchnorm: bool, model_registry: str | None) -> None:
+def refuse_unsupported(*, model_registry: str | None) -> None:
     """Arguments of Lightning's Trainer that this version does not have say so, with the remedy."""
-    if num_nodes != 1:
-        raise defaults.refuse("num_nodes", num_nodes, "this version trains on one device. Leave it at 1.")
-    if sync_batchnorm:
-        raise defaults.refuse("sync_batchnorm", sync_batchnorm, "it matters for several ranks only. Leave it at False.")
     if model_registry is not None:
         raise defaults.refuse("model_registry", model_registry, "there is no model registry. Give ckpt_path a path.")
 
@@ -118,7 +114,12 @@ def set_determinism(deterministic: bool | str | None, benchmark: bool | None) ->
 
 
 def strategy_and_plugins(
-    strategy: str | Strategy, accelerator: str, devices: Any, precision: str | int | None, plugins: Any
+    strategy: str | Strategy,
+    accelerator: str,
+    devices: Any,
+    num_nodes: int,
+    precision: str | int | None,
+    plugins: Any,
 ) -> tuple[Strategy, Precision, Preemption]:
     """Build what `plugins` and the arguments say, and give the strategy the CheckpointIO found among them."""
     given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
@@ -135,9 +136,7 @@ def strategy_and_plugins(
             raise MisconfigurationException(
                 f"Received {len(found)} values for {kind} in `plugins`; expected one at most."
             )
-    built = (
-        strategy if isinstance(strategy, Strategy) else SingleDeviceStrategy(_device(strategy, accelerator, devices))
-    )
+    built = strategy_of(strategy, accelerator, devices, num_nodes)
     if ios:
         if built.has_own_checkpoint_io:
             raise MisconfigurationException("checkpoint_io set through both strategy class and plugins, choose one.")
@@ -146,27 +145,6 @@ def strategy_and_plugins(
         raise MisconfigurationException(f"precision={precision!r} and a Precision plugin were given, choose one.")
     chosen = precisions[0] if precisions else make_precision(precision, built.root_device.type)
     return built, chosen, preemptions[0] if preemptions else Preemption()
-
-
-def _device(strategy: str, accelerator: str, devices: Any) -> torch.device:
-    if strategy not in ("auto", "single_device"):
-        raise defaults.refuse("strategy", strategy, "this version trains on one device: 'auto', or a Strategy object.")
-    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise defaults.refuse("accelerator", accelerator, "use 'auto', 'cpu' or 'gpu'.")
-    index = 0
-    if isinstance(devices, (list, tuple)) and len(devices) == 1:
-        index = int(devices[0])
-    elif devices not in ("auto", 1, "1", None) and not (devices in (-1, "-1") and torch.cuda.device_count() <= 1):
-        raise defaults.refuse(
-            "devices", devices, "this version trains on one device: 1, 'auto', or a list of one index."
-        )
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise MisconfigurationException(
-            f"accelerator={accelerator!r}, but torch sees no CUDA device. Use accelerator='cpu' or 'auto'."
-        )
-    if accelerator == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", index)
 
 
 def loggers(given: Any, directory: str, *, enabled: bool, writing: bool) -> list[Any]:

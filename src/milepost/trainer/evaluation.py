@@ -106,6 +106,7 @@ class EvaluationLoop:
         if stream is None or not self.enabled or sum(self.num_batches) == 0:
             return []
         module = trainer.lightning_module
+        trainer.strategy.before_evaluation()
         modes = self.interrupted_modes = {m: m.training for m in module.modules()}
         interrupted = trainer.metrics.begin_evaluation()
         getattr(module, f"on_{stage}_model_eval")()

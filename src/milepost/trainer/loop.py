@@ -108,6 +108,7 @@ class FitLoop:
         self.stream_state = None
         if resumed is not Phase.EPOCH_END:
             self.data.stream.begin(progress.epoch.current.processed)
+            self.pace.set_batches(self.data.stream.num_batches)
         if self.rng_state is not None:  # last of all: making the iterator may have drawn random numbers
             self.rng_state.restore()
             self.rng_state = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from milepost import _distributed
 from milepost.errors import MisconfigurationException
 from milepost.trainer.metric_state import is_metric, metric_paths, metrics_by_path
 from milepost.trainer.transfer import map_tensors
@@ -58,6 +59,8 @@ class LogOptions:
     enable_graph: bool = False
     add_dataloader_idx: bool = True
     metric_attribute: str | None = None
+    sync: bool = False  # reduce over ranks
+    group: Any = None  # the ranks to reduce over
 
 
 @dataclass(slots=True)
@@ -78,9 +81,12 @@ class _Entry:
     weight: int = 0
     metric: Metric | None = None
     step: int = 0  # global_step when it was logged last
+    sync: bool = False  # its values are those of all ranks
+    agreed: torch.Tensor | None = None  # with others, the epoch's value, once it was agreed on
 
     def add(self, value: torch.Tensor, batch_size: Callable[[], int]) -> None:
-        self.value = value
+        shared = self.sync and self.on_step
+        self.value = _distributed.reduced(value, self.reduction, self._group) if shared else value
         if not self.on_epoch:
             return
         if self.reduction == "mean":
@@ -96,6 +102,36 @@ class _Entry:
             return self.value if self.on_step else None
         if not self.on_epoch:
             return None
+        if self.with_others:
+            return self.agreed
+        return self._computed()
+
+    @property
+    def with_others(self) -> bool:
+        """Whether the epoch's value takes all ranks to compute: then that is done where all of them come by."""
+        return (self.sync or self.metric is not None) and _distributed.world_size() > 1
+
+    @property
+    def _group(self) -> Any:
+        return None if self.options is None else self.options.group
+
+    def agree(self) -> None:
+        """Compute the epoch's value with the other ranks, where it takes them."""
+        if not (self.on_epoch and self.with_others):
+            return
+        if self.metric is not None:
+            self.agreed = self._computed()  # it meets the other ranks by itself
+            return
+        mean = self.reduction == "mean"
+        total = torch.zeros(()) if self.total is None else self.total
+        total = _distributed.reduced(total, "sum" if mean else self.reduction, self._group)
+        if mean:
+            weight = torch.tensor(float(self.weight), dtype=total.dtype, device=total.device)
+            total = total / _distributed.reduced(weight, "sum", self._group)
+        self.agreed = total
+
+    def _computed(self) -> torch.Tensor | None:
+        """The epoch's value, as this rank has it."""
         if self.metric is not None:
             computed = self.metric.compute()
             if not isinstance(computed, torch.Tensor):
@@ -138,6 +174,7 @@ class EpochMetrics:
                 "hook": hook, "key": e.name, "on_step": e.on_step, "on_epoch": e.on_epoch, "prog_bar": e.prog_bar,
                 "logger": e.logger, "reduction": e.reduction, "total": _detached(e.total), "weight": e.weight,
                 "value": _detached(e.value), "step": e.step, "metric": e.metric and paths.get(id(e.metric)),
+                **({"sync": e.sync, "agreed": _detached(e.agreed)} if e.with_others else {}),
             }
             for (hook, _, _), e in self.entries.items()
             if e.metric is None or id(e.metric) in paths
@@ -150,7 +187,8 @@ class EpochMetrics:
             fields = dict(item)
             hook, name = fields.pop("hook"), fields.pop("key")
             fields["metric"] = metrics.get(fields["metric"] or "")
-            fields["total"], fields["value"] = (_on(module, fields[key]) for key in ("total", "value"))
+            for key in ("total", "value", "agreed"):
+                fields[key] = _on(module, fields.get(key))
             self.entries[(hook, name, "")] = _Entry(name=name, suffix="", loader=None, **fields)
 
 
@@ -257,6 +295,9 @@ class Metrics:
     def end_steps(self) -> None:
         """From now on the views show the values of the epoch."""
         self._refresh()
+        for entry in self.current.entries.values():
+            if entry.loader == self.current.loader:
+                entry.agree()
         self.current.in_batch = False
         self._stale = True
 
@@ -302,7 +343,7 @@ class Metrics:
                 f"self.log({name!r}, ...) was called twice in `{hook}` with different arguments, or for two loaders"
                 " with add_dataloader_idx=False: give each its own name."
             )
-        entry.options = options
+        entry.options, entry.sync = options, options.sync
         if is_metric(value):
             entry.metric = value
             last = getattr(value, "_forward_cache", None)
@@ -311,6 +352,8 @@ class Metrics:
             size: Callable[[], int] = (lambda: batch_size) if batch_size is not None else self._size_of_batch
             entry.add(_scalar(name, value, options.enable_graph), size)
         entry.step = self._step()
+        if not self.current.in_batch:
+            entry.agree()
         self._stale = True
 
     def _size_of_batch(self) -> int:

@@ -239,7 +239,11 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             on_step: record this batch's value. Default: True in the training step.
             on_epoch: record the epoch's reduction. Default: True in validation and test.
             reduce_fx: ``"mean"`` (weighted by batch size), ``"sum"``, ``"min"`` or ``"max"``.
+            sync_dist: reduce over all ranks, too: each step's value where `on_step`, the epoch's at its end. Log it on
+                every rank then.
+            sync_dist_group: the ranks to reduce over; all if None.
             batch_size: weight of the mean; read off the batch where it is not given.
+            rank_zero_only: it is logged on rank 0 alone, and not reduced over ranks.
         """
         hook = self._current_hook
         if self._trainer is None or hook == UNRECORDED or (hook is None and self._trainer.state.status != "running"):
@@ -260,6 +264,8 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
             enable_graph,
             add_dataloader_idx,
             metric_attribute,
+            sync_dist and not rank_zero_only,
+            sync_dist_group,
         )
         self._trainer.metrics.record(hook, name, value, options, batch_size, self)
 

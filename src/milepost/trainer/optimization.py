@@ -176,7 +176,8 @@ class Optimization:
             return _manual_output(self._training_step(batch, batch_idx))
         closure = self._closure(batch, batch_idx, accumulating)
         if accumulating:
-            closure()
+            with trainer.strategy.without_gradient_sync():
+                closure()
         elif not self.steppers:  # counted all the same: `max_steps` and the checkpoints' triggers go by it
             self._progress.optimizer_step.add("ready")
             closure()
@@ -202,7 +203,9 @@ class Optimization:
             trainer.in_hook("training_step"),
             trainer.profile("training_step", trainer.strategy),
         ):
-            return trainer.call_step("training_step", batch, batch_idx)
+            if not trainer.lightning_module.automatic_optimization:
+                return trainer.call_step("training_step", batch, batch_idx)
+            return trainer.strategy.run_training_step(trainer.training_call, batch, batch_idx)
 
     def _closure(self, batch: Any, batch_idx: int, accumulating: bool) -> Callable[[], Any]:
         self._last_output = _NOT_RUN
@@ -243,6 +246,7 @@ class Optimization:
         trainer.call("on_before_backward", scaled)
         with trainer.in_hook("backward"), trainer.profile("backward", trainer.strategy):
             trainer.lightning_module.backward(scaled, *args, **kwargs)
+        trainer.strategy.backward_done()
         trainer.call("on_after_backward")
 
     def _manual_step(self, optimizer: Optimizer, closure: Any, **kwargs: Any) -> Any:
@@ -277,6 +281,7 @@ class Optimization:
             metric = None
             if plateau:
                 metric = trainer.callback_metrics.get(config.monitor or "")
+                metric = trainer.strategy.broadcast(metric)  # a rate of its own would part a rank's model from the rest
                 if metric is None:
                     message = (
                         f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged. "

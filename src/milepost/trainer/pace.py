@@ -98,7 +98,8 @@ class Pace:
         if trainer.should_stop and self.can_stop_early:
             return True
         if trainer.val_check_seconds is not None:
-            return time.monotonic() - self._last_validation_time >= trainer.val_check_seconds
+            due = time.monotonic() - self._last_validation_time >= trainer.val_check_seconds
+            return trainer.strategy.broadcast(due)  # clocks differ
         if math.isinf(self.val_check_batch):
             return last
         ready = progress.batch.total.ready if every is None else progress.batch.current.ready

@@ -36,4 +36,4 @@ def check_checkpoint(trainer: Trainer) -> None:
                 f" with {type(error).__name__}: {error}. A save after a step may work."
             )
             return
-    io_calls.check(io, checkpoint)
+    trainer.strategy.check_checkpoint(checkpoint)

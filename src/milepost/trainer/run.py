@@ -18,6 +18,7 @@ from milepost.trainer.module import Module
 from milepost.trainer.optimization import parse_optimizers, require_attached, require_monitors
 from milepost.trainer.parts import EVERY, report, resolve_parts
 from milepost.trainer.profiling import begin_profile, end_profile
+from milepost.trainer.ranks import agree_on_versions, join_ranks
 from milepost.trainer.state import restore_model, restore_training
 from milepost.trainer.surface import TrainerState
 
@@ -47,7 +48,9 @@ def run(
     trainer.evaluation_loops[{"fit": "validation", "validate": "validation"}.get(fn, fn)].forget_data()
     trainer.state = TrainerState(fn, "running", {"fit": "train"}.get(fn, fn))
     trainer.should_stop = False
+    trainer.strategy.launch()
     trainer.strategy.connect(model)
+    agree_on_versions(trainer)
     trainer.choose_ckpt_path(ckpt_path, model_provided=provided)
     begin_profile(trainer)
     try:
@@ -97,6 +100,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.call("configure_sharded_model")
         trainer.call("configure_model")
     trainer.precision_plugin.convert_module(model)
+    _convert_batchnorm(trainer, model)
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
         trainer.restored = _report(trainer, checkpoint, parts)
@@ -108,7 +112,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.call("on_fit_start")
     trainer.reports.hyperparams(model)
     if fn == "fit":
-        trainer.data_seed = run_seed()
+        trainer.data_seed = trainer.strategy.broadcast(run_seed())
         model.zero_grad()  # of the run before this one
         trainer.fit_loop.initial_buffers = mark_buffers(model)
         if checkpoint is not None:
@@ -125,10 +129,17 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.call("on_fit_end")
     _call_teardown(trainer, fn)
     trainer.strategy.teardown()  # after the hooks, which may save; a save that fails here is no success to the loggers
+    trainer.strategy.barrier("end")  # what rank 0 has saved is there for all, in whatever the script does next
     end_profile(trainer)
     for logger in trainer.loggers:
         logger.finalize("success")
     return results
+
+
+def _convert_batchnorm(trainer: Trainer, model: Module) -> None:
+    """With ``sync_batchnorm`` the statistics of batch norm are those of all ranks' batches together."""
+    if trainer.sync_batchnorm and trainer.world_size > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # children, in place
 
 
 def _report(trainer: Trainer, checkpoint: dict[str, Any], parts: frozenset[str]) -> dict[str, str]:
@@ -164,7 +175,7 @@ def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
             f" {trainer.ckpt_path!r}, which is no checkpoint: load_checkpoint must return the dict that"
             " save_checkpoint was given."
         )
-    return migrate_checkpoint(checkpoint)
+    return join_ranks(migrate_checkpoint(checkpoint), trainer.global_rank, trainer.strategy.world_size)
 
 
 def _fit(trainer: Trainer) -> None:
@@ -186,7 +197,7 @@ def _evaluate(trainer: Trainer, fn: str) -> Any:
     loop = trainer.evaluation_loops["validation" if fn == "validate" else fn]
     fitted_seed = trainer.data_seed
     with loop.without_gradients():
-        trainer.data_seed = run_seed()
+        trainer.data_seed = trainer.strategy.broadcast(run_seed())
         loop.load_data()
         if not loop.step_defined:
             raise MisconfigurationException(

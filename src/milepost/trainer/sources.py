@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from milepost.data.division import Division, division_of
 from milepost.data.stream import BatchStream, CombinedLoader
 from milepost.errors import MisconfigurationException
 from milepost.trainer.module import Module, is_overridden
@@ -87,8 +90,18 @@ def _stream(trainer: Trainer, name: str, loaders: Any, limit: int | float | None
         limits=_limit(limit),
         seed=trainer.data_seed,
         rank=trainer.global_rank,
+        divide=_divide(trainer, name),
         name=f"{name}_dataloader",
     )
+
+
+def _divide(trainer: Trainer, name: str) -> Callable[[Any], Division | None]:
+    """How loaders are divided among ranks, with the seed that Lightning takes too: that of `seed_everything`."""
+    ranks = trainer.strategy.data_ranks
+    if ranks == 1 or not trainer.use_distributed_sampler:
+        return lambda item: None
+    rank, seed = trainer.strategy.data_rank, int(os.environ.get("PL_GLOBAL_SEED", 0))
+    return lambda item: division_of(item, rank, ranks, seed=seed, keep=name == "predict")
 
 
 def _limit(limit: int | float | None) -> int | float | None:

@@ -23,6 +23,7 @@ from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
 from milepost.trainer.parts import EVERY
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
+from milepost.trainer.ranks import checkpointer_states, split_ranks
 from milepost.trainer.standing import Standing, callback_keys, restore_loggers
 
 if TYPE_CHECKING:
@@ -82,14 +83,14 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     if not weights_only:
         checkpoint["callbacks"] = {
             key: state for key, callback in callback_keys(trainer) if (state := standing.callback_state(key, callback))
-        }
+        } | checkpointer_states(trainer)
         checkpoint["optimizer_states"] = [
             trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
         ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[trainer.precision_plugin.state_key] = precision
-        checkpoint["milepost"] = {**standing.exact, **_beside_position(trainer)}
+        checkpoint["milepost"] = split_ranks({**standing.exact, **_beside_position(trainer)}, trainer.world_size)
     _dump_hyper_parameters(checkpoint, module, "")
     if trainer.datamodule is not None:
         _dump_hyper_parameters(checkpoint, trainer.datamodule, "datamodule_")

@@ -250,7 +250,7 @@ class TrainerSurface:
 
     @property
     def global_rank(self) -> int:
-        return _distributed.rank()
+        return _distributed.announced_rank()
 
     @property
     def local_rank(self) -> int:
@@ -258,25 +258,29 @@ class TrainerSurface:
 
     @property
     def world_size(self) -> int:
-        return _distributed.world_size()
+        return self.strategy.world_size
 
     @property
     def num_nodes(self) -> int:
-        return 1
+        """Machines that the run uses."""
+        return self.strategy.num_nodes
 
     @property
     def node_rank(self) -> int:
-        return 0
+        """Which of the machines this is, from 0."""
+        return int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
 
     @property
     def num_devices(self) -> int:
         """Devices that this node trains on."""
-        return len(self.device_ids)
+        return self.strategy.num_devices
 
     @property
     def device_ids(self) -> list[int]:
         """Indices of the devices that this node trains on; 0 for the CPU."""
-        return [self.strategy.root_device.index or 0]
+        placement = getattr(self.strategy, "placement", None)
+        devices = [self.strategy.root_device] if placement is None else placement.devices
+        return [device.index or 0 for device in devices] if devices[0].index is not None else [*range(len(devices))]
 
     @property
     def is_global_zero(self) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from milepost import _distributed
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.checkpoint import Checkpoint
 from milepost.core.schedules import SchedulerConfig
@@ -89,7 +90,8 @@ class Trainer(TrainerSurface):
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
     ) -> None:
-        assembly.refuse_unsupported(num_nodes=num_nodes, sync_batchnorm=sync_batchnorm, model_registry=model_registry)
+        assembly.refuse_unsupported(model_registry=model_registry)
+        self.sync_batchnorm = sync_batchnorm
         dev = defaults.dev_batches(fast_dev_run)
         if dev:
             val_check_interval, check_val_every_n_epoch = None, 1
@@ -134,12 +136,13 @@ class Trainer(TrainerSurface):
         self.reload_dataloaders_every_n_epochs = defaults.not_negative(
             reload_dataloaders_every_n_epochs, "reload_dataloaders_every_n_epochs"
         )
+        self.use_distributed_sampler = use_distributed_sampler
         self.enable_autolog_hparams = enable_autolog_hparams
         self.default_root_dir = defaults.root_dir(default_root_dir)
         assembly.set_determinism(deterministic, benchmark)
 
         self.strategy, self.precision_plugin, preemption = assembly.strategy_and_plugins(
-            strategy, accelerator, devices, precision, plugins
+            strategy, accelerator, devices, num_nodes, precision, plugins
         )
         self.loggers = assembly.loggers(logger, self.default_root_dir, enabled=not barebones, writing=not dev)
         self.callbacks = assembly.callbacks(
@@ -253,9 +256,9 @@ class Trainer(TrainerSurface):
         with self.profile("save_checkpoint"):
             checkpoint = dump_checkpoint(self, bool(weights_only))
             self.strategy.stepping_optimizers = self.late_copies.optimizers()
-            pending = self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
-            self.strategy.barrier("save_checkpoint")
-        return pending
+            if self.state.status == "interrupted":
+                return self.strategy.save_checkpoint_alone(checkpoint, str(filepath))
+            return self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
 
     def finish_staging(self) -> None:
         """Wait until what is being saved is copied. Call it before writing to weights inside of `training_step`.
@@ -283,7 +286,9 @@ class Trainer(TrainerSurface):
             )
             self._ckpt_path_set = None
         asked = self._ckpt_path_set if given is None else given
-        self._ckpt_path = resolve_ckpt_path(self, asked, model_provided=model_provided)
+        self._ckpt_path = _distributed.on_rank_zero(
+            lambda: resolve_ckpt_path(self, asked, model_provided=model_provided)
+        )
 
     @property
     def enable_validation(self) -> bool:
@@ -349,6 +354,10 @@ class Trainer(TrainerSurface):
             count = sum(takes_argument(step, argument, n) for argument, n in (("batch_idx", 2), ("dataloader_idx", 3)))
             self.step_arguments[name] = count
         return step(batch, *position[:count])
+
+    def training_call(self, batch: Any, *position: int) -> Any:
+        """The module's `training_step`, for the strategy to run."""
+        return self.call_step("training_step", batch, *position)
 
     @contextmanager
     def in_hook(self, name: str) -> Iterator[None]:

@@ -1,0 +1,166 @@
+"""The same model on every rank; gradients are averaged by torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from milepost import _distributed
+from milepost.errors import MisconfigurationException
+from milepost.strategies.parallel import ParallelStrategy
+
+if TYPE_CHECKING:
+    from milepost.trainer.trainer import Trainer
+
+
+class DDPStrategy(ParallelStrategy):
+    """Train one replica of the model on each rank.
+
+    Args:
+        checkpoint_io: how checkpoints are stored. Any that takes a dict will do: rank 0 alone is asked to save.
+        process_group_backend: torch's name for it; gloo for CPUs, gloo and nccl for GPUs by default.
+        timeout: after which a collective that does not come about is an error.
+        ddp_comm_hook: takes the place of the averaging, as ``DistributedDataParallel.register_comm_hook`` has it.
+        ddp_comm_state: first argument of `ddp_comm_hook`.
+        ddp_comm_wrapper: called with `ddp_comm_hook`, returns the hook to use.
+        accelerator, parallel_devices, cluster_environment, precision_plugin: what Lightning's takes there is given to
+            the Trainer here; anything but None is refused.
+        ddp_options: go to ``DistributedDataParallel``, such as ``find_unused_parameters=True``.
+
+    Raises:
+        MisconfigurationException: an argument that is refused; the message names the remedy.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any = None,
+        parallel_devices: Any = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        ddp_comm_state: Any = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        **ddp_options: Any,
+    ) -> None:
+        super().__init__(checkpoint_io, process_group_backend, timeout)
+        refuse(
+            accelerator=(accelerator, "Trainer(accelerator=...)"),
+            parallel_devices=(parallel_devices, "Trainer(devices=...)"),
+            cluster_environment=(cluster_environment, "torchrun, which tells each process its rank"),
+            precision_plugin=(precision_plugin, "Trainer(precision=...) or Trainer(plugins=...)"),
+            model_averaging_period=(ddp_options.pop("model_averaging_period", None), "ddp_comm_hook"),
+        )
+        if (method := ddp_options.pop("start_method", "popen")) != "popen":
+            raise MisconfigurationException(
+                f"start_method={method!r}: ranks are started by torchrun, or as torchrun does. Leave it out."
+            )
+        self._hook, self._hook_state, self._hook_wrapper = ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper
+        self._options = ddp_options
+        self._replica: DistributedDataParallel | None = None
+        self._without_sync = 0
+
+    @property
+    def model(self) -> Any:
+        """The wrapped model while it trains, else the module itself."""
+        return self._lightning_module if self._replica is None else self._replica
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        self._replica = None
+        module = self._lightning_module
+        self._broadcast(module.parameters())
+        self._broadcast(module.buffers())
+        if trainer.state.fn == "fit" and module.automatic_optimization:
+            self._replica = self._wrapped(_TrainingStep(trainer, module))
+
+    def _wrapped(self, step: _TrainingStep) -> DistributedDataParallel | None:
+        if not any(parameter.requires_grad for parameter in step.parameters()):
+            return None
+        device = self.root_device
+        ignored = getattr(step.module, "_ddp_params_and_buffers_to_ignore", ())
+        step._ddp_params_and_buffers_to_ignore = [f"module.{name}" for name in ignored]  # type: ignore[assignment]
+        replica = DistributedDataParallel(
+            step, device_ids=None if device.type == "cpu" else [device.index], **self._options
+        )
+        if self._hook is not None:
+            hook = self._hook if self._hook_wrapper is None else self._hook_wrapper(self._hook)
+            replica.register_comm_hook(self._hook_state, hook)
+        return replica
+
+    def run_training_step(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return call(*arguments) if self._replica is None else self._replica(*arguments)
+
+    def backward_done(self) -> None:
+        """Where the module optimizes by hand, average what it has on each rank: its forward ran outside the wrapper."""
+        if self._replica is not None or self._without_sync or _distributed.world_size() == 1:
+            return
+        with torch.no_grad():
+            for gradients in _by_type(p.grad for p in self._lightning_module.parameters() if p.grad is not None):
+                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                dist.all_reduce(flat)
+                flat /= _distributed.world_size()
+                parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+                for gradient, part in zip(gradients, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def without_gradient_sync(self) -> AbstractContextManager[Any]:
+        """Inside, gradients add up on each rank by itself."""
+        return nullcontext() if self._replica is None else self._replica.no_sync()
+
+    def before_evaluation(self) -> None:
+        """Every rank evaluates the model that would be saved: buffers that ranks have for themselves are rank 0's."""
+        if self._replica is None or self._replica.broadcast_buffers:
+            self._broadcast(self._lightning_module.buffers())
+
+    @torch.no_grad()
+    def _broadcast(self, tensors: Any) -> None:
+        if _distributed.world_size() > 1:
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0)
+                if whole.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(whole)
+
+    def teardown(self) -> None:
+        self._replica = None
+        super().teardown()
+
+
+class _TrainingStep(nn.Module):
+    """What is wrapped: a module whose forward is the training step, so that the wrapper sees what is computed."""
+
+    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._call = trainer.training_call
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+
+def refuse(**given: tuple[Any, str]) -> None:
+    """Arguments that are for something else here: `given` has the value of each, and what to use.
+
+    Raises:
+        MisconfigurationException: one of them is not None.
+    """
+    for name, (value, remedy) in given.items():
+        if value is not None:
+            raise MisconfigurationException(f"{name}={value!r} is not taken by a strategy here: use {remedy}.")
+
+
+def _by_type(tensors: Any) -> list[list[torch.Tensor]]:
+    groups: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())

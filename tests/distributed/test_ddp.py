@@ -1,0 +1,251 @@
+"""DDP on two real ranks: beside Lightning's, exact resume, plugins that know nothing of ranks, what ranks agree on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import QUIET, SAMPLES, Points, SaveAt, digest, fit, loaders, net_of
+
+import milepost
+from milepost.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from milepost.errors import MisconfigurationException
+from milepost.strategies import DDPStrategy
+from milepost.testing import run_ranks
+
+HERE = Path(__file__).parent
+
+
+class Still(Points):
+    """Points that are the same whenever they are read."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index], self.x[index].sum(), index
+
+
+class Recorder:
+    """A CheckpointIO that derives from nothing and keeps the dicts in memory."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.kept: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.failing = failing
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.calls.append(Path(path).name)
+        if len(self.calls) == self.failing:
+            raise OSError("no room")
+        torch.save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, storage_options: Any = None) -> Any:
+        return torch.load(path, weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.calls.append(f"-{Path(path).name}")
+        Path(path).unlink()
+
+
+class Untrue(Callback):
+    """Ranks see other values of what is monitored: rank 1 would stop at once and finds every state worse."""
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        epoch = trainer.current_epoch
+        pl_module.log("own", float(epoch if trainer.global_rank else -epoch))
+
+
+def beside_lightning() -> dict[str, Any]:
+    """The same run by both libraries: the order of the samples, the losses, the metrics, the weights."""
+    import pytorch_lightning
+
+    seen: dict[str, Any] = {}
+    for name, library in (("milepost", milepost), ("lightning", pytorch_lightning)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.seed_everything(3, verbose=False)
+            net = net_of(library, dropout=0.0)()
+            net_loaders = loaders()
+            for loader in net_loaders:
+                loader.dataset.__class__ = Still
+            trainer = library.Trainer(
+                accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, accumulate_grad_batches=2,
+                enable_checkpointing=False, num_sanity_val_steps=0, **QUIET,
+            )  # fmt: skip
+            trainer.fit(net, *net_loaders)
+        metrics = {key: value.item() for key, value in sorted(trainer.callback_metrics.items())}
+        os.environ.pop("PL_GLOBAL_SEED")
+        seen[name] = [net.samples, net.losses, metrics, [p.tolist() for p in net.parameters()]]
+    return seen
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """The unbroken run, and one from each checkpoint of it."""
+    results: dict[str, Any] = {}
+    trainer, net = fit(folder, SaveAt(folder, [2, 3, 4, 7]))
+    results["whole"] = [net.losses, digest(trainer, net)]
+    results["samples"] = net.samples
+    for batch in (2, 3, 4, 7):
+        trainer, net = fit(folder, seed=90, ckpt_path=folder / f"batch{batch}.ckpt")
+        results[f"batch{batch}"] = [net.losses, digest(trainer, net)]
+    return results
+
+
+def plugins_and_decisions(folder: Path) -> dict[str, Any]:
+    """What each rank asked of a plugin, and what it knows of the files in the end."""
+    results: dict[str, Any] = {}
+    io = Recorder()
+    saver = ModelCheckpoint(dirpath=folder / "own", monitor="own", save_top_k=1, save_last=True)
+    stop = EarlyStopping("own", patience=2, check_on_train_epoch_end=False)
+    trainer, _ = fit(folder / "own", saver, stop, Untrue(), plugins=io, max_epochs=6)
+    results["calls"], results["epochs"] = io.calls, trainer.current_epoch
+    results["best"] = [
+        Path(saver.best_model_path).name,
+        saver.best_model_score.item(),
+        Path(saver.last_model_path).name,
+    ]
+    trainer.validate(dataloaders=loaders()[1], ckpt_path="best", verbose=False)
+    results["loaded"] = Path(trainer.ckpt_path).name
+    failing = Recorder(failing=2)
+    patient = ModelCheckpoint(dirpath=folder / "failing", save_top_k=-1, on_save_error="continue")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder, patient, plugins=failing)
+    results["failed"] = [patient.failed_saves, sum("NOT SAVED" in str(w.message) for w in caught)]
+    strict = ModelCheckpoint(dirpath=folder / "strict", save_top_k=-1)
+    try:
+        fit(folder, strict, plugins=Recorder(failing=2))
+    except OSError as error:
+        results["raised"] = str(error)
+    results["left"] = sorted(path.name for path in (folder / "failing").iterdir())
+    return results
+
+
+def manual(folder: Path) -> Any:
+    """Two optimizers, stepped by hand: the weights on this rank."""
+
+    class Manual(net_of(milepost)):  # type: ignore[misc]
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                with optimizer.toggle_model():
+                    optimizer.zero_grad()
+                    self.manual_backward(self.loss(batch))
+                    optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.layers[n].parameters(), lr=0.1) for n in (0, 3)]
+
+    _, net = fit(folder, net=Manual(), accumulate_grad_batches=1)
+    return [p.tolist() for p in net.parameters()]
+
+
+def all_on_one_rank(folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"beside": beside_lightning(), "resumed": resumed(folder), "manual": manual(folder)}
+    results.update(plugins_and_decisions(folder))
+    results["rank"] = dist.get_rank()
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(all_on_one_rank, 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_trains_as_lightnings_ddp_does(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        ours, theirs = rank["beside"]["milepost"], rank["beside"]["lightning"]
+        assert ours[0] == theirs[0]
+        assert ours[1] == theirs[1]
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-6)
+        assert ours[3] == theirs[3]
+
+
+def test_no_sample_is_seen_twice_but_for_padding(ranks: list[dict[str, Any]]) -> None:
+    for epoch in range(3):
+        each = SAMPLES // 2
+        seen = [sample for rank in ranks for sample in rank["resumed"]["samples"][epoch * each : (epoch + 1) * each]]
+        assert sorted(seen) == list(range(SAMPLES))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 7])
+def test_goes_on_bit_for_bit(ranks: list[dict[str, Any]], batch: int) -> None:
+    for rank in ranks:
+        losses, end = rank["resumed"]["whole"]
+        assert rank["resumed"][f"batch{batch}"] == [losses[batch:], end]
+
+
+def test_rank_zero_alone_is_asked_to_save_and_to_delete(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["calls"] and not ranks[1]["calls"]
+
+
+def test_all_ranks_decide_as_rank_zero_sees_it(ranks: list[dict[str, Any]]) -> None:
+    for key in ("epochs", "best", "loaded"):
+        assert ranks[0][key] == ranks[1][key]
+    assert ranks[0]["best"][0] == ranks[0]["loaded"]
+    assert ranks[0]["epochs"] == 3  # rank 1 saw no improvement in two checks after the first
+
+
+def test_a_failed_save_is_one_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["failed"] == [1, 1]
+        assert "no room" in rank["raised"]
+        assert len([name for name in rank["left"] if name.endswith(".ckpt")]) == 2
+
+
+def test_manual_optimization_keeps_the_ranks_together(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["manual"] == ranks[1]["manual"]
+
+
+def test_a_script_starts_its_ranks_and_goes_on_when_one_is_killed(tmp_path: Path, ranks: list[dict[str, Any]]) -> None:
+    """``python script.py``: nobody has started the ranks. Rank 1 is killed, torch's launcher starts both again."""
+    environment = {**os.environ, "PET_MAX_RESTARTS": "1", "PYTHONPATH": str(HERE.parents[1] / "src")}
+    environment.pop("PYTEST_CURRENT_TEST")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "runs.py"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        end, resumed_from = (tmp_path / f"rank{rank}.txt").read_text().split()
+        assert resumed_from == "last.ckpt"
+        assert end == ranks[rank]["resumed"]["whole"][1]
+
+
+def test_a_test_runner_is_not_started_again(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="run_ranks"):
+        fit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "ddp_spawn"}, "use 'ddp'"),
+        ({"strategy": "no_such"}, "use one of"),
+        ({"strategy": "single_device", "devices": 2}, "devices=1"),
+        ({"devices": 0}, "devices=0"),
+        ({"num_nodes": 0}, "num_nodes=0"),
+        ({"accelerator": "tpu"}, "accelerator='tpu'"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        milepost.Trainer(**{"accelerator": "cpu", **arguments})
+
+
+def test_arguments_for_something_else_name_it() -> None:
+    with pytest.raises(MisconfigurationException, match="torchrun"):
+        DDPStrategy(cluster_environment=object())
+
+
+def test_several_devices_mean_ddp() -> None:
+    trainer = milepost.Trainer(accelerator="cpu", devices=2, num_nodes=3, **QUIET)
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert (trainer.world_size, trainer.num_devices, trainer.num_nodes, trainer.device_ids) == (6, 2, 3, [0, 1])
