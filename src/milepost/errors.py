@@ -12,7 +12,8 @@
         ├── CheckpointCorruptError (ValueError)    corrupt            a digest does not hold
         ├── UnsafeCheckpointError (ValueError)     unsafe             loading it would run code
         ├── UnencodableValueError (TypeError)      unencodable        cannot be stored as data
-        └── CheckpointSaveError (OSError)          save_failed        did not become durable
+        ├── CheckpointSaveError (OSError)          save_failed        did not become durable
+        └── CheckpointRemoveError (OSError)        remove_failed      could not be removed
 
     SIGTERMException (SystemExit)                  a signal asked the run to stop
 
@@ -142,6 +143,20 @@ class CheckpointSaveError(CheckpointError, OSError):
         self.step = step
         self.rank = rank
         self.others: tuple[CheckpointSaveError, ...] = ()
+
+
+class CheckpointRemoveError(CheckpointError, OSError):
+    """A checkpoint could not be removed, or not all of it. The message says which.
+
+    Attributes:
+        path: the checkpoint.
+    """
+
+    kind = "remove_failed"
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class SIGTERMException(SystemExit):

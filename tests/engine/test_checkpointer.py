@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from milepost.engine.retention import KeepBest, KeepEvery, KeepNewest
 from milepost.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
+    CheckpointRemoveError,
     MisconfigurationException,
     ResumeError,
 )
+from milepost.storage.store import LocalStore
 
 
 class Run:
@@ -162,6 +165,39 @@ def test_load_and_remove_and_what_is_not_there(tmp_path: Path) -> None:
             checkpointer.load(3)
         with pytest.raises(CheckpointNotFoundError):
             checkpointer.restore(run.state, step=9)
+
+
+class Refusing(LocalStore):
+    """Refuses one kind of call from some time on."""
+
+    refused = ""
+
+    def rename(self, source: str, target: str) -> None:
+        if self.refused == "rename":
+            raise OSError(errno.EACCES, "not allowed", source)
+        super().rename(source, target)
+
+    def remove_file(self, path: str) -> None:
+        if self.refused == "remove_file":
+            raise OSError(errno.EIO, "input/output error", path)
+        super().remove_file(path)
+
+
+def test_what_cannot_be_removed_is_an_error_that_says_what_is_left(tmp_path: Path) -> None:
+    store = Refusing()
+    with Checkpointer(tmp_path, store=store) as checkpointer:
+        checkpointer.save(1, {"n": 1}, wait=True)
+        store.refused = "rename"
+        with pytest.raises(CheckpointRemoveError, match=r"still there.*write") as caught:
+            checkpointer.remove(1)
+        assert caught.value.path == str(tmp_path / "step-00000001") and isinstance(caught.value, OSError)
+        assert checkpointer.load(1) == {"n": 1}
+        store.refused = "remove_file"
+        with pytest.raises(CheckpointRemoveError, match="no checkpoint any more"):
+            checkpointer.remove(1)
+        store.refused = ""
+        assert checkpointer.steps() == []
+    assert list(tmp_path.iterdir()) == []  # listing has swept it
 
 
 def test_a_step_saved_twice_is_the_newer_one(tmp_path: Path) -> None:

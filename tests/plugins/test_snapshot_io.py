@@ -113,3 +113,15 @@ def test_a_second_name_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     io.remove_checkpoint(tmp_path / "a")
     io.verify(tmp_path / "b")
     assert io.list(tmp_path) == [str(tmp_path / "b")] and not io.exists(tmp_path / "a")
+
+
+def test_what_is_being_replaced_is_there(tmp_path: Path) -> None:
+    """Where two directories cannot be exchanged, the old one has another name until the new one is durable."""
+    io = SnapshotCheckpointIO(background=False)
+    io.save_checkpoint({"n": 1}, tmp_path / "a")
+    io.save_checkpoint({"n": 2}, tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / ".replaced-a")
+    assert io.exists(tmp_path / "a") and not io.exists(tmp_path / "c")
+    assert io.list(tmp_path) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert io.load_checkpoint(tmp_path / "a") == {"n": 1}
+    io.teardown()

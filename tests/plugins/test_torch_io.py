@@ -26,6 +26,7 @@ from milepost.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointRemoveError,
     CheckpointSaveError,
     UnencodableValueError,
     UnsafeCheckpointError,
@@ -167,6 +168,25 @@ def test_values_come_back_exact_and_torch_sees_plain_ones(tmp_path: Path) -> Non
         assert exact[name] == hparams[name] and type(exact[name]) is type(hparams[name]), name
     assert exact["table"].dtype == np.int16 and np.array_equal(exact["table"], hparams["table"])
     assert exact["nan"] != exact["nan"]
+
+
+def test_an_open_file_is_verified_where_it_can_be_read_twice(tmp_path: Path) -> None:
+    path, io_ = tmp_path / "a.ckpt", TorchCheckpointIO()
+    io_.save_checkpoint(checkpoint(), path)
+    content = bytearray(path.read_bytes())
+    assert torch.equal(io_.load_checkpoint(io.BytesIO(content))["state_dict"]["c"], torch.ones(3))
+    with path.open("rb") as file:
+        assert torch.equal(io_.load_checkpoint(file)["state_dict"]["c"], torch.ones(3))
+    content[len(content) // 2] ^= 1  # a weight: torch itself would not see it
+    with pytest.raises(CheckpointCorruptError, match=r"<stream>.*state_dict"):
+        io_.load_checkpoint(io.BytesIO(content))
+
+
+def test_what_cannot_be_removed_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    with pytest.raises(CheckpointRemoveError, match=r"a\.ckpt") as caught:
+        TorchCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
+    assert caught.value.path == str(tmp_path / "a.ckpt")
 
 
 def test_a_foreign_pickle_is_refused_by_key_path_and_loads_when_asked_to(tmp_path: Path) -> None:

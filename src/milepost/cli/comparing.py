@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from milepost.cli.reading import Opened, Tensor
@@ -15,7 +14,7 @@ _NUMPY = {
 Change = dict[str, Any]
 
 
-def compare(one: Opened, other: Opened, progress: Callable[[int, int], None] | None = None) -> list[Change]:
+def compare(one: Opened, other: Opened) -> list[Change]:
     """The differences, by key path: ``kind`` is added, removed, type, values or changed.
 
     A changed tensor has ``largest`` (the largest absolute difference), ``relative`` (the norm of the difference over
@@ -30,9 +29,7 @@ def compare(one: Opened, other: Opened, progress: Callable[[int, int], None] | N
             changes.append({"name": name, "kind": "type", "from": _type(a), "to": _type(b)})
     both = [name for name in one.tensors if name in other.tensors]
     common = [name for name in both if _type(one.tensors[name]) == _type(other.tensors[name])]
-    for done, name in enumerate(common):
-        if progress is not None:
-            progress(done, len(common))
+    for name in common:
         change = _difference(one.tensors[name], other.tensors[name])
         if change is not None:
             changes.append({"name": name, "kind": "changed", **change})

@@ -5,35 +5,47 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milepost.cli.reading import form_of
+from milepost.cli.progress import shown
+from milepost.cli.reading import form_of, size_of
 from milepost.errors import CheckpointFormatError, MisconfigurationException
 
 
-def convert(source: Path, target: Path, *, unpickle: bool = False) -> None:
+def convert(source: Path, target: Path, *, unpickle: bool = False, quiet: bool = False) -> None:
     """Read `source`, verify it, and write it as `target`, whose ending says the form: ``.ckpt``, ``.safetensors``
     (weights only) or none (a directory).
 
     Raises:
         CheckpointError: the source is damaged or unsafe, or the target cannot be written.
-        MisconfigurationException: the target exists already.
+        MisconfigurationException: the target exists already, or has another ending.
     """
     if target.exists():
         raise MisconfigurationException(f"{target} exists already: give another target, or remove it first.")
-    state = _read(source, unpickle)
+    if target.suffix not in ("", ".safetensors", *_TORCH):
+        raise MisconfigurationException(f"{target}: end it in .ckpt, .safetensors, or nothing for a directory.")
+    # a file of torch is verified, and then read again by torch
+    size = size_of(source) if source.exists() else 0
+    with shown(f"reading {source}", size * (2 if form_of(source) == "ckpt" else 1), quiet=quiet):
+        state = _read(source, unpickle)
+    with shown(f"writing {target}", size, quiet=quiet):
+        _write(state, source, target)
+
+
+_TORCH = (".ckpt", ".pt", ".pth")
+
+
+def _write(state: dict[str, Any], source: Path, target: Path) -> None:
     if target.suffix == ".safetensors":
         _write_safetensors(_weights(state, source), target)
-    elif target.suffix in (".ckpt", ".pt", ".pth"):
+    elif target.suffix in _TORCH:
         from milepost.plugins.io.torch_io import TorchCheckpointIO
 
         TorchCheckpointIO().save_checkpoint(state, target)
-    elif not target.suffix:
+    else:
         from milepost.engine.directory import DirectoryEngine
 
         engine = DirectoryEngine()
         engine.save(target, state, step=int(state.get("global_step", 0)), background=False)
         engine.close()
-    else:
-        raise MisconfigurationException(f"{target}: end it in .ckpt, .safetensors, or nothing for a directory.")
 
 
 def _read(source: Path, unpickle: bool) -> dict[str, Any]:

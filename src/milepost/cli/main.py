@@ -114,8 +114,9 @@ def _show(chosen: Any) -> int:
         [n, t.dtype, str(list(t.shape)), tables.size(t.size_bytes), f"{len(t.parts)} parts" if t.parts else ""]
         for n, t in tensors
     ]
-    print(tables.table([f"{len(rows)} tensors", "type", "shape", tables.size(total), ""], rows, right=(3,)))
-    print(tables.table(["", ""], [[name, text] for name, text in found.values.items()]))
+    header, width = [f"{len(rows)} tensors", "type", "shape", tables.size(total), ""], tables.columns(sys.stdout)
+    print(tables.table(header, rows, right=(3,), width=width))
+    print(tables.table(["", ""], [[name, text] for name, text in found.values.items()], width=width))
     return 0
 
 
@@ -127,14 +128,17 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
 
 
 def _verify(chosen: Any) -> int:
-    from milepost.cli.reading import find, verify
+    from milepost.cli.progress import shown
+    from milepost.cli.reading import find, size_of, verify
     from milepost.errors import CheckpointCorruptError, CheckpointError
 
     rows: list[dict[str, Any]] = []
     for path in [found for given in chosen.paths for found in find(given)]:
         row: dict[str, Any] = {"path": str(path), "state": "sound", "why": None, "tensor": None, "byte_range": None}
         try:
-            if (why := verify(path)) is not None:
+            with shown(f"verifying {path}", size_of(path), quiet=chosen.json):
+                why = verify(path)
+            if why is not None:
                 row |= {"state": "not verifiable", "why": why}
         except CheckpointError as error:
             row |= {"state": "damaged", "why": str(error)}
@@ -150,9 +154,13 @@ def _verify(chosen: Any) -> int:
 
 def _diff(chosen: Any) -> int:
     from milepost.cli.comparing import compare
+    from milepost.cli.progress import shown
     from milepost.cli.reading import open_checkpoint
 
-    changes = compare(open_checkpoint(chosen.one), open_checkpoint(chosen.other), _progress("compared"))
+    one, other = open_checkpoint(chosen.one), open_checkpoint(chosen.other)
+    both = sum(t.size_bytes for opened in (one, other) for t in opened.tensors.values())
+    with shown("comparing", both, quiet=chosen.json):
+        changes = compare(one, other)
     if chosen.json:
         _print_json(changes)
     elif not changes:
@@ -165,14 +173,15 @@ def _diff(chosen: Any) -> int:
             ]
             for c in changes
         ]  # fmt: skip
-        print(tables.table(["name", "what", "largest", "relative", "elements", ""], rows, right=(2, 3, 4)))
+        header = ["name", "what", "largest", "relative", "elements", ""]
+        print(tables.table(header, rows, right=(2, 3, 4), width=tables.columns(sys.stdout)))
     return int(bool(changes))
 
 
 def _convert(chosen: Any) -> int:
     from milepost.cli.converting import convert
 
-    convert(chosen.source, chosen.target, unpickle=chosen.unpickle)
+    convert(chosen.source, chosen.target, unpickle=chosen.unpickle, quiet=chosen.json)
     if chosen.json:
         _print_json({"path": str(chosen.target)})
     else:
@@ -185,7 +194,7 @@ def _prune(chosen: Any) -> int:
 
     kept, removed = prune(
         chosen.directory, newest=chosen.keep_newest, best=chosen.keep_best, every=chosen.keep_every,
-        monitor=chosen.monitor, mode=chosen.mode, really=chosen.yes,
+        monitor=chosen.monitor, mode=chosen.mode, really=chosen.yes, quiet=chosen.json,
     )  # fmt: skip
     if chosen.json:
         _print_json({"kept": kept, "removed": removed, "done": chosen.yes})
@@ -194,14 +203,3 @@ def _prune(chosen: Any) -> int:
         print(tables.safe(f"{'removed' if chosen.yes else 'would remove'} {path}"))
     print(f"{len(kept)} kept, {len(removed)} {'removed' if chosen.yes else 'to remove; nothing was done: add --yes'}")
     return 0
-
-
-def _progress(what: str) -> Callable[[int, int], None] | None:
-    """Counts on a terminal's standard error, overwritten in place; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int) -> None:
-        print(f"\r{done}/{total} {what}", end="" if done + 1 < total else "\r\033[K", file=sys.stderr, flush=True)
-
-    return show

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from milepost.cli.listing import listed
-from milepost.cli.reading import verify
+from milepost.cli.progress import shown
+from milepost.cli.reading import size_of, verify
 from milepost.engine.retention import AnyOf, Entry, KeepBest, KeepEvery, KeepNewest, Retention, Rule
 from milepost.errors import CheckpointError, MisconfigurationException
 
@@ -20,6 +21,7 @@ def prune(
     monitor: str | None = None,
     mode: Literal["min", "max"] = "min",
     really: bool = False,
+    quiet: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Apply rules to the checkpoints in `directory`. Returns the paths kept and those removed, or to be removed.
 
@@ -47,7 +49,7 @@ def prune(
         if row["step"] is not None and row["error"] is None
     ]
     policy, sound = Retention(AnyOf(tuple(rules)), mode), set[str]()
-    while unsound := [e for e in policy.retain(entries) if e.path not in sound and not _is_sound(e.path, sound)]:
+    while unsound := [e for e in policy.retain(entries) if e.path not in sound and not _is_sound(e.path, sound, quiet)]:
         entries = [e for e in entries if e not in unsound]  # it must not take the place of a good one
     kept = {entry.path for entry in policy.retain(entries)}
     removed = [entry.path for entry in entries if entry.path not in kept]
@@ -57,10 +59,11 @@ def prune(
     return [row["path"] for row in rows if row["path"] not in removed], removed
 
 
-def _is_sound(path: str, sound: set[str]) -> bool:
+def _is_sound(path: str, sound: set[str], quiet: bool) -> bool:
     """Whether every byte of it holds. Noted in `sound`."""
     try:
-        verify(Path(path))
+        with shown(f"verifying {path}", size_of(Path(path)), quiet=quiet):
+            verify(Path(path))
     except CheckpointError:
         return False
     sound.add(path)

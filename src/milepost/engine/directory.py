@@ -29,7 +29,13 @@ from milepost.engine.staging import Arena, LiveImage, Source
 from milepost.engine.state import Flattened, rebuild, references
 from milepost.engine.votes import Meeting, RankFailure, Ranks
 from milepost.engine.writer import Workers
-from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, CheckpointSaveError
+from milepost.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointRemoveError,
+    CheckpointSaveError,
+)
 from milepost.storage.store import LocalStore, Store
 
 _T = TypeVar("_T")
@@ -356,9 +362,24 @@ class DirectoryEngine:
         self.reading(path, lambda stored: stored.verify(self._started()))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens."""
+        """Remove a checkpoint, after every save asked for before. Where there is none, nothing happens.
+
+        Raises:
+            CheckpointRemoveError: it is still there, and whole; or it is none any more, and some of its files are left.
+        """
         self._drain()
-        remove_checkpoint(self.store, os.path.abspath(path))  # noqa: PTH100
+        target = os.path.abspath(path)  # noqa: PTH100
+        try:
+            remove_checkpoint(self.store, target)
+        except OSError as error:
+            left = (
+                "It is still there. Give yourself the right to write in its directory, and remove it again."
+                if os.path.lexists(target)
+                else "It is no checkpoint any more; the next save beside it removes what is left of it."
+            )
+            raise CheckpointRemoveError(
+                f"Removing the checkpoint {target!r} failed: {type(error).__name__}: {error}. {left}", path=target
+            ) from error
 
     def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
         """Give a checkpoint a second name: a directory of links. False where links cannot be made.

@@ -26,7 +26,7 @@ from milepost.format import sealed, zip_layout
 from milepost.format.zip_layout import Hole
 from milepost.storage.store import ExistingFile
 
-_THREADS = 3
+THREADS = 3
 """Two keep the disk busy while one copies."""
 
 
@@ -178,7 +178,7 @@ def _addresses(archive: zipfile.ZipFile, storages: Sequence[torch.UntypedStorage
 
 def write(image: TorchFileImage, descriptor: int) -> None:
     """Write into the open file and make it durable."""
-    workers = Workers(_THREADS if image.size > CHUNK_BYTES else 1)
+    workers = Workers(THREADS if image.size > CHUNK_BYTES else 1)
     try:
         BlobWriting(ExistingFile(), workers).run([(f"/proc/self/fd/{descriptor}", image)])
     finally:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from milepost.errors import CheckpointSaveError
+from milepost.errors import CheckpointRemoveError, CheckpointSaveError
 
 _PENDING = ".pending"
 _NAME_BYTES = 200  # of the destination's name in that of its temporary file: file systems allow 255 in all
@@ -145,8 +145,19 @@ def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Delete the file and make that durable; where there is none, do nothing."""
+    """Delete the file and make that durable; where there is none, do nothing.
+
+    Raises:
+        CheckpointRemoveError: it is still there, or may be again after a power cut.
+    """
     path = Path(path)
-    with suppress(FileNotFoundError):
-        path.unlink()
-        sync_directory(path.parent)
+    try:
+        with suppress(FileNotFoundError):
+            path.unlink()
+            sync_directory(path.parent)
+    except OSError as error:
+        raise CheckpointRemoveError(
+            f"Removing the checkpoint {str(path)!r} failed: {type(error).__name__}: {error}. Give yourself the right to"
+            " write in its directory, and remove it again.",
+            path=str(path),
+        ) from error

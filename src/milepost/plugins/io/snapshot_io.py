@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from milepost.engine.commit import REPLACED
 from milepost.engine.directory import DirectoryEngine, DirectorySave
 from milepost.engine.lazy import changed_by_steps
 from milepost.errors import MisconfigurationException
@@ -103,14 +104,17 @@ class SnapshotCheckpointIO(CheckpointIO):
         self._engine.remove(path)
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        return (Path(path) / HEAD_NAME).is_file()
+        """Whether a checkpoint is there, also while it is being replaced on a file system that cannot exchange two."""
+        path = Path(path)
+        return any((place / HEAD_NAME).is_file() for place in (path, path.with_name(REPLACED + path.name), path))
 
     def list(self, directory: str | os.PathLike[str]) -> list[str]:
         """Paths of the checkpoint directories in `directory`, sorted."""
         folder = Path(directory)
         if not folder.is_dir():
             return []
-        return sorted(str(p) for p in folder.iterdir() if not p.name.startswith(".") and self.exists(p))
+        names = {entry.name.removeprefix(REPLACED) for entry in folder.iterdir()}
+        return sorted(str(folder / name) for name in names if not name.startswith(".") and self.exists(folder / name))
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Read every byte and check it.

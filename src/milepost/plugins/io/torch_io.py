@@ -73,10 +73,16 @@ class TorchCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify the file and load it; tensors go to the CPU unless `map_location` says otherwise.
 
+        Args:
+            path: the file, or an open one. One that stands at its beginning and can be read twice is verified too.
+
         Raises:
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError, CheckpointFormatError
         """
         if hasattr(path, "read"):
+            if _can_seek(path):
+                sealed.verify(path, "<stream>")
+                path.seek(0)
             return _load(path, "<stream>", map_location, weights_only)
         path = Path(path)
         if not path.is_file():
@@ -121,6 +127,14 @@ class TorchCheckpointIO(CheckpointIO):
     def link(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> bool:
         """Give the file a second name, atomically; False where the file system has no hard links."""
         return local.link(source, target)
+
+
+def _can_seek(file: Any) -> bool:
+    """Whether `file` stands at its beginning and can be brought back there."""
+    try:
+        return bool(file.seekable()) and file.tell() == 0
+    except (AttributeError, OSError):
+        return False
 
 
 def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
