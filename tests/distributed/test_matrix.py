@@ -17,14 +17,26 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from milepost import _distributed
-from milepost._distributed import OfAllRanks
+from milepost._distributed import OfAllRanks, PerRank
 from milepost.cli.main import main
 from milepost.engine.directory import DirectoryEngine
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
+from milepost.engine.votes import Ranks
 from milepost.errors import CheckpointCorruptError
 
 DAMAGED = "damaged"
+ENGINE = ", by the engine"
+SAVED = ["fsdp4", "fsdp2 tp2", *(f"{saver}{ENGINE}" for saver in matrix.SAVERS)]
+"""Two of them by the tests' own writer: what it lays out otherwise than the engine does is loaded too."""
+
+
+def collectives_called() -> int:
+    """How many so far in the process group, which counts them itself."""
+    if not torch.distributed.is_initialized():
+        return 0
+    count: int = torch.distributed.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+    return count
 
 
 def save(folder: Path, layout: str) -> None:
@@ -33,6 +45,12 @@ def save(folder: Path, layout: str) -> None:
         run.train()
     rank, ranks = _distributed.rank(), _distributed.world_size()
     shard_writer.write(folder / layout, collect(run.state), 2, [{"rank": rank}], rank, ranks)
+    collectives = collectives_called()
+    engine = DirectoryEngine(ranks=Ranks.of_process_group())
+    saved = {**collect(run.state), "own": PerRank([{"rank": rank}])}
+    engine.save(folder / f"{layout}{ENGINE}", saved, step=2)
+    engine.close()
+    assert collectives_called() == collectives
     whole = run.whole()
     if rank == 0:
         torch.save(whole, folder / f"{layout}.pt")
@@ -42,7 +60,7 @@ def save(folder: Path, layout: str) -> None:
 def load(folder: Path, layout: str) -> None:
     """All savers' checkpoints, one after the other. What was found is written down for the tests."""
     engine, found = DirectoryEngine(), {}
-    for saver in matrix.SAVERS:
+    for saver in SAVED:
         run = matrix.Run(layout, seed=5)
         state = {**run.state, "own": None}
         with engine.open(folder / saver) as stored:
@@ -50,7 +68,7 @@ def load(folder: Path, layout: str) -> None:
             read = matrix.pieces_read(stored)
             indexes = len(stored._indexes)
             needed = matrix.pieces_needed(stored, matrix.by_name(collect(run.state)))
-        whole, expected = run.whole(), torch.load(folder / f"{saver}.pt")
+        whole, expected = run.whole(), torch.load(folder / f"{saver.removesuffix(ENGINE)}.pt")
         found[saver] = {
             "unequal": [n for n in expected if n not in whole or not torch.equal(whole[n], expected[n])],
             "more": sorted(set(whole) - set(expected)),
@@ -115,27 +133,42 @@ def results(folder: Path, loader: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("loader", matrix.LOADERS)
-@pytest.mark.parametrize("saver", matrix.SAVERS)
+@pytest.mark.parametrize("saver", SAVED)
 def test_any_layout_is_loaded_by_any_layout(folder: Path, saver: str, loader: str) -> None:
     for _, by_saver in results(folder, loader):
         result = by_saver[saver]
         assert (result["unequal"], result["more"]) == ([], [])
         assert (result["twice"], result["not needed"]) == ([], [])
         assert result["pieces"] > 0
-        if saver == loader:  # training goes on as it does where it was saved
-            assert result["loss"] == float((folder / f"{saver} 0.loss").read_text())
+        layout = saver.removesuffix(ENGINE)
+        if layout == loader:  # training goes on as it does where it was saved
+            assert result["loss"] == float((folder / f"{layout} 0.loss").read_text())
+
+
+@pytest.mark.parametrize("saver", matrix.SAVERS)
+def test_the_engine_writes_each_byte_once_and_as_much_on_each_rank(folder: Path, saver: str) -> None:
+    whole = torch.load(folder / f"{saver}.pt")
+    total = sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
+    with StoredCheckpoint(folder / f"{saver}{ENGINE}") as stored:
+        written: dict[Any, int] = {}
+        for number, blob in enumerate(stored.head.blobs):
+            size = sum(entry.size for entry in stored.index(number).entries())
+            written[blob.rank] = written.get(blob.rank, 0) + size
+    assert sum(written.values()) == total and len(written) == matrix.SAVERS[saver]
+    assert max(written.values()) <= 1.05 * total / len(written), written
 
 
 def test_a_rank_that_loads_what_it_saved_reads_no_index_of_another_but_for_what_is_replicated(folder: Path) -> None:
     for rank, by_saver in results(folder, "fsdp4"):
         assert by_saver["fsdp4"]["indexes"] == (2 if rank == 0 else 4)
-        assert by_saver["single"]["indexes"] == 2
+        assert by_saver[f"single{ENGINE}"]["indexes"] == 2
 
 
 def test_each_rank_gets_its_own_values_and_another_number_of_ranks_gets_all(folder: Path) -> None:
     for rank, by_saver in results(folder, "fsdp4"):
         assert by_saver["fsdp2 tp2"]["own"] == repr([{"rank": rank}])
-        assert by_saver["fsdp2"]["own"] == repr([OfAllRanks(({"rank": 0}, {"rank": 1}))])
+        assert by_saver[f"fsdp2 tp2{ENGINE}"]["own"] == repr([{"rank": rank}])
+        assert by_saver[f"fsdp2{ENGINE}"]["own"] == repr(OfAllRanks(([{"rank": 0}], [{"rank": 1}])))
 
 
 def test_damage_is_named_by_the_rank_that_needs_the_piece(folder: Path) -> None:

@@ -58,10 +58,21 @@ def local_tensor(tensor: DTensor) -> torch.Tensor:
 
 
 def _spread(mesh: Any, placements: tuple[Any, ...], path: str) -> Spread:
-    cuts: list[tuple[int, int]] = []
-    for axis in _in_order(placements, mesh.shape, path):
-        cuts.append((placements[axis].dim, axis))
-    return Spread(tuple(mesh.mesh.reshape(-1).tolist()), tuple(mesh.shape), tuple(cuts))
+    ranks = _with_siblings(mesh)
+    cuts = tuple((placements[axis].dim, axis + 1) for axis in _in_order(placements, mesh.shape, path))
+    return Spread(tuple(ranks.reshape(-1).tolist()), tuple(ranks.shape), cuts)
+
+
+def _with_siblings(mesh: Any) -> torch.Tensor:
+    """The ranks of a mesh and, along a first dimension, of those cut out of the same larger mesh in the same way.
+
+    Over dimensions of the larger mesh that a tensor knows nothing of it is replicated: with tensor parallelism, what is
+    only sharded by FSDP is so once for each rank of the other dimension, and each of these sees a mesh of its own.
+    """
+    layout, ranks = getattr(mesh, "_layout", None), getattr(mesh, "_rank_map", None)
+    if layout is None or ranks is None:  # of an older torch
+        return mesh.mesh.unsqueeze(0)  # type: ignore[no-any-return]
+    return layout.remap_to_tensor(ranks)  # type: ignore[no-any-return]
 
 
 def _in_order(placements: tuple[Any, ...], sizes: tuple[int, ...], path: str) -> list[int]:
