@@ -6,7 +6,8 @@ The state is that of GPT-2 small with AdamW's moments, 1.5 GB in all, as DTensor
 strategy of Lightning does to save sharded is the row of DCP: it calls `dcp.save` with defaults. In each round every way
 is measured once, in turn, the slowest rank counts, and all values have changed since the last save. Beside them stand
 the limits: a warm memcpy of a rank's bytes, and a direct write of them with fallocate and fsync, by all ranks at once.
-Reads are cold. DCP syncs its files and not their directories; it compares nothing when it reads.
+A `Checkpointer` is what a loop of one's own would use. Reads are cold. DCP syncs its files and not their directories; it
+compares nothing when it reads.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from checkpoint_speed import Limits, drop_cache, gpt2, size_on_disk, tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from milepost import Checkpointer
 from milepost.integrations.dcp import MilepostReader, MilepostSavePlanner, MilepostStager, MilepostWriter
 
 Rows = dict[str, list[float]]
@@ -79,6 +81,9 @@ class Rank:
         self.stager = MilepostStager()
         self.stager.prepare(self.state)
         self.group = dist.new_group(backend="gloo")
+        self.checkpointer = Checkpointer(folder / "checkpointer")
+        self.checkpointer.prepare(self.state)
+        self.step = 0
 
     def measure(self, name: str, work: Callable[[], Any]) -> Any:
         """Add what the slowest rank has taken."""
@@ -122,6 +127,7 @@ class Rank:
             "milepost, its planner",
             lambda path: dcp.save(self.state, storage_writer=MilepostWriter(path), planner=MilepostSavePlanner()),
         )
+        self.save("checkpointer", lambda path: self.checkpointer.save(self.step, self.state, wait=True))
         self.background("dcp", lambda path: dcp.async_save(self.state, checkpoint_id=path, process_group=self.group))
         self.background(
             "milepost",
@@ -129,24 +135,28 @@ class Rank:
                 self.state, storage_writer=MilepostWriter(path), async_stager=self.stager, process_group=self.group
             ),
         )
+        self.background("checkpointer", lambda path: self.checkpointer.save(self.step, self.state))
         self.load("dcp", lambda path: dcp.load(self.state, checkpoint_id=path))
         self.load("milepost", lambda path: dcp.load(self.state, storage_reader=MilepostReader(path)))
+        self.load("checkpointer", lambda path: self.checkpointer.restore(self.state))
 
     def save(self, name: str, save: Callable[[Path], Any]) -> None:
         change(self.state)
+        self.step += 1
         path = self.path(name)
         self.measure(f"durable: {name}", lambda: save(path))
 
     def background(self, name: str, save: Callable[[Path], Any]) -> None:
         change(self.state)
-        path = self.path(f"{name}, async")
+        self.step += 1
+        path = self.path(name if name == "checkpointer" else f"{name}, async")
         future = self.measure(f"blocking: {name}", lambda: save(path))
         future.result()
         dist.barrier()
 
     def load(self, name: str, load: Callable[[Path], Any]) -> None:
+        drop_cache(self.folder / name)
         path = self.folder / name / "one"
-        drop_cache(path)
         self.measure(f"load: {name}", lambda: load(path))
 
 
@@ -166,12 +176,15 @@ def alone(folder: Path, rounds: int, layers: int) -> Rows:
     optimizer = {"state": dict(zip(names, made["optimizer"]["state"].values(), strict=True)), "lr": 0.0}
     state = whole({"model": made["model"], "optimizer": optimizer})
     for _ in range(rounds):
-        for name, reader in (("dcp", dcp.FileSystemReader), ("milepost", MilepostReader)):
-            path = folder / name / "one"
-            drop_cache(path)
+        for name, load in (
+            ("dcp", lambda: dcp.load(state, checkpoint_id=folder / "dcp" / "one")),
+            ("milepost", lambda: dcp.load(state, storage_reader=MilepostReader(folder / "milepost" / "one"))),
+            ("checkpointer", lambda: Checkpointer(folder / "checkpointer").restore(state)),
+        ):
+            drop_cache(folder / name)
             gc.collect()
             begin = time.perf_counter()
-            dcp.load(state, storage_reader=reader(path))
+            load()
             rows.setdefault(f"load by one: {name}", []).append(time.perf_counter() - begin)
     return rows
 
@@ -190,6 +203,7 @@ def start(rank: int, ranks: int, folder: str, rounds: int, layers: int) -> None:
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps({"rows": run.rows, "bytes": run.bytes}))
+    run.checkpointer.close()
     dist.destroy_process_group()
 
 
@@ -228,7 +242,7 @@ def main() -> None:
         mp.spawn(start, (chosen.ranks, str(folder), chosen.rounds, chosen.layers), nprocs=chosen.ranks)
         found = json.loads((folder / "rows.json").read_text())
         rows: Rows = found["rows"] | alone(folder, chosen.rounds, chosen.layers)
-        sizes = {name: size_on_disk(folder / name) for name in ("dcp", "milepost")}
+        sizes = {name: size_on_disk(folder / name) for name in ("dcp", "milepost", "checkpointer")}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print("\n".join(table(rows, found["bytes"], sizes)))
