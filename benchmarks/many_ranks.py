@@ -6,8 +6,8 @@ The state is that of GPT-2 small with AdamW's moments, 1.5 GB in all, as DTensor
 strategy of Lightning does to save sharded is the row of DCP: it calls `dcp.save` with defaults. In each round every way
 is measured once, in turn, the slowest rank counts, and all values have changed since the last save. Beside them stand
 the limits: a warm memcpy of a rank's bytes, and a direct write of them with fallocate and fsync, by all ranks at once.
-A `Checkpointer` is what a loop of one's own would use. Reads are cold. DCP syncs its files and not their directories; it
-compares nothing when it reads.
+A `Checkpointer` is what a loop of one's own would use. Reads are cold. DCP syncs its files and not their directories;
+it compares nothing when it reads.
 """
 
 from __future__ import annotations
