@@ -13,9 +13,11 @@ compares every byte.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import FrameType
@@ -37,6 +39,8 @@ class StepGate:
     """Holds back the steps of all optimizers of the process while something of theirs is being copied."""
 
     def __init__(self) -> None:
+        self.held_seconds = 0.0
+        """How long steps have waited, in all."""
         self._open: list[Staging] = []
         self._lock = threading.Lock()
         self._hook: Any = None
@@ -70,17 +74,22 @@ class StepGate:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None or not _of_torch(optimizer):
-            self.wait()
+            self._hold()
             return None
 
         def closure_then_wait() -> Any:  # forward and backward run in here, and all of torch's optimizers call it first
             result = closure()
-            self.wait()
+            self._hold()
             return result
 
         if len(args) > 1:
             return (args[0], closure_then_wait, *args[2:]), kwargs
         return args, {**kwargs, "closure": closure_then_wait}
+
+    def _hold(self) -> None:
+        begin = time.perf_counter()
+        self.wait()
+        self.held_seconds += time.perf_counter() - begin
 
 
 # ---- what can wait -------------------------------------------------------------------------------------------------
@@ -139,7 +148,7 @@ def can_wait(tensor: torch.Tensor) -> bool:
     """Whether it is plain memory of the host whose writes torch counts."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_inference()
@@ -162,7 +171,7 @@ def rows_that_can_wait(plan: BlobPlan, known: Mapping[int, int]) -> set[int]:
     return {
         row
         for row, tensor in enumerate(plan.tensors)
-        if can_wait(tensor) and tensor.nbytes <= known.get(tensor.data_ptr(), 0)
+        if tensor.nbytes <= known.get(tensor.data_ptr(), -1) and tensor.is_contiguous()
     }
 
 
@@ -186,14 +195,14 @@ class Watch:
         compare = os.environ.get(CHECK_VARIABLE) == "1" if compare is None else compare
         self._before = [tensor.detach().clone() for _, tensor, _ in self._tensors] if compare else []
 
-    def violation(self, copies: Sequence[torch.Tensor]) -> WrittenMeanwhile | None:
-        """What is to be raised; None where all is well. `copies` are the bytes that were copied, in the same order."""
+    def violation(self, copies: Sequence[int]) -> WrittenMeanwhile | None:
+        """What is to be raised; None where all is well. `copies` are the addresses of the copies, in the same order."""
         written = [name for name, tensor, version in self._tensors if tensor._version != version]
         if not written:
             written = [
                 name
                 for (name, _, _), before, copy in zip(self._tensors, self._before, copies, strict=False)
-                if not torch.equal(before.reshape(-1).view(torch.uint8), copy)
+                if not torch.equal(before.reshape(-1).view(torch.uint8), _bytes_at(copy, before.nbytes))
             ]
         if not written:
             return None
@@ -203,3 +212,7 @@ class Watch:
             " checkpoint would be of no one moment. Call the handle's staged() before writing to weights by hand"
             " (trainer.finish_staging() under a Trainer), or save without lazy=True"
         )
+
+
+def _bytes_at(address: int, size: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.uint8)

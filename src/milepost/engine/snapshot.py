@@ -46,7 +46,7 @@ def snapshot(
         storages.append(data.untyped_storage())
         (then if part.waits else now).extend(jobs_of(part, 0, part.size, address + part.offset))
         if part.waits:
-            watched.append((part.name, part.tensor, data))
+            watched.append((part.name, part.tensor, address + part.offset))
     for view in walk.views:
         view.place(storages[view.part])
     return made, arena.copy(now, then, watched, threads, workers)

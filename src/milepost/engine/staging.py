@@ -18,6 +18,7 @@ from milepost.engine.memory import Memory
 from milepost.engine.requests import BlobPlan, Image
 from milepost.format.layout import TensorEntry
 
+_WORTH_A_THREAD_BYTES = 1 << 20  # less is copied before another thread has woken up
 _SPLIT_BYTES = 8 << 20  # larger tensors are copied by several threads
 
 
@@ -182,10 +183,12 @@ class Arena:
         self, now: Sequence[Job], then: Sequence[Job], watched: Sequence[Watched], threads: Executor, workers: int
     ) -> Copying | None:
         """Do the jobs of `now`, and begin those of `then`, which take the tensors in `watched`."""
-        self.copied_bytes += sum(stop - start for jobs in (now, then) for _, start, stop, _ in jobs)
+        at_once = sum(stop - start for _, start, stop, _ in now)
+        self.copied_bytes += at_once + sum(stop - start for _, start, stop, _ in then)
         watch = Watch([(name, tensor) for name, tensor, _ in watched]) if watched else None
         copying = Copying(now)
-        copying.begin(threads, workers - 1)
+        if at_once >= _WORTH_A_THREAD_BYTES:
+            copying.begin(threads, workers - 1)
         copying.join()
         if watch is None:
             return None
@@ -198,8 +201,8 @@ def _nobody() -> None:
     return None
 
 
-Watched = tuple[str, torch.Tensor, torch.Tensor]
-"""The name of a tensor that is copied later, the tensor, and its bytes where they are copied to."""
+Watched = tuple[str, torch.Tensor, int]
+"""The name of a tensor that is copied later, the tensor, and the address that it is copied to."""
 
 
 def _room(plan: BlobPlan) -> int:
@@ -226,8 +229,6 @@ def jobs_of(source: Copies, start: int, stop: int, address: int) -> list[Job]:
 
 
 def _watched(plan: BlobPlan, row: int, image: StagedImage) -> Watched:
-    """A tensor that is copied later, and its bytes in the image, which stand there once it is."""
     entry = plan.layout.entries[row]
-    memory = (ctypes.c_char * entry.size).from_address(image.address + entry.start)
     name = f"{plan.group}.{entry.name}" if plan.group and not plan.group.endswith(".") else entry.name
-    return name, plan.tensors[row], torch.frombuffer(memory, dtype=torch.uint8)
+    return name, plan.tensors[row], image.address + entry.start
