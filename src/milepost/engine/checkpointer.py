@@ -106,8 +106,7 @@ class Checkpointer:
         self._background = background
         self._lazy = lazy
         self._on_busy = on_busy
-        together = Ranks.of_process_group(rank_deadline_seconds) if ranks == "auto" else ranks
-        self._engine = DirectoryEngine(store, threads, together)
+        self._engine = DirectoryEngine(store, threads, ranks, rank_deadline_seconds)
         self._newest: DirectorySave | None = None
         self.report: RestoreReport | None = None
         """What the last `restore` took and what it left; None where it found no checkpoint."""

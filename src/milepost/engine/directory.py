@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -95,18 +95,27 @@ class DirectoryEngine:
     Args:
         store: the file system; another one is for tests.
         threads: that copy, digest and write. Two saturate a disk of a few GB/s.
-        ranks: that save together: each of them makes the same calls, and writes what is its own. None: this one alone.
+        ranks: that save together: each of them makes the same calls, and writes what is its own. ``"auto"``: those of
+            torch's process group, if there is one of several when a save begins. None: this one alone.
+        rank_deadline_seconds: for ``"auto"``, how long one of them may go without getting on, or be late.
     """
 
-    def __init__(self, store: Store | None = None, threads: int = 2, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        store: Store | None = None,
+        threads: int = 2,
+        ranks: Ranks | Literal["auto"] | None = None,
+        rank_deadline_seconds: float = 60.0,
+    ) -> None:
         self.store = store or LocalStore()
         self._threads = threads
         self._workers: Workers | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._arena = Arena()
         self._plans = PlanMemory()
-        self.ranks = ranks
-        self._rank_plans = None if ranks is None else RankPlanMemory(ranks.rank, ranks.world_size)
+        self._ranks = ranks
+        self._rank_deadline_seconds = rank_deadline_seconds
+        self._rank_plans = RankPlanMemory()
         self._gate = StepGate()
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
@@ -114,6 +123,11 @@ class DirectoryEngine:
         self._durable: set[str] = set()  # parents that were made, or found, and made durable
 
     # ---- saving ----------------------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that save together now; None: this one saves alone."""
+        return Ranks.of_process_group(self._rank_deadline_seconds) if self._ranks == "auto" else self._ranks
 
     def save(
         self,
@@ -146,8 +160,8 @@ class DirectoryEngine:
         """
         target = os.path.abspath(path)  # noqa: PTH100  # not resolved: a link at the target is replaced, not followed
         save = DirectorySave(target, step)
-        if self.ranks is not None:
-            save.meeting = self.ranks.meeting(f"{target} {step}")
+        if (ranks := self.ranks) is not None:
+            save.meeting = ranks.meeting(f"{target} {step}")
         try:
             self._save(save, state, dict(metrics or {}), background, lazy or {}, pickled, then)
         except BaseException as error:
@@ -167,7 +181,7 @@ class DirectoryEngine:
     ) -> None:
         self.raise_failed()
         with collector_paused():
-            plans, write = self._planned(save, Flattened(state, pickled, ranks=self.ranks is not None), metrics)
+            plans, write = self._planned(save, Flattened(state, pickled, ranks=save.meeting is not None), metrics)
         if not background:
             self._drain()
             self._run(save, write, [LiveImage(Source(plan)) for plan in plans], then)
@@ -195,11 +209,12 @@ class DirectoryEngine:
         Without it the first save gets that memory, which takes longer than the copy.
         """
         self._drain()
-        flattened = Flattened(state, ranks=self.ranks is not None)
-        if self._rank_plans is None:
+        ranks = self.ranks
+        flattened = Flattened(state, ranks=ranks is not None)
+        if ranks is None:
             self._arena.reserve(self._plans.plans(flattened))
         else:
-            self._arena.reserve(self._rank_plans.plan(flattened).bound(flattened))
+            self._arena.reserve(self._rank_plans.plan(flattened, ranks.rank, ranks.world_size).bound(flattened))
         self._arena.touch()
         return self._arena.size
 
@@ -207,7 +222,8 @@ class DirectoryEngine:
         self, save: DirectorySave, flattened: Flattened, metrics: dict[str, float]
     ) -> tuple[list[BlobPlan], _Write]:
         """The blobs that this rank writes, and what writes them and commits."""
-        if save.meeting is None or self._rank_plans is None:
+        meeting = save.meeting
+        if meeting is None:
             plans = self._plans.plans(flattened)
 
             def alone(images: Sequence[Image]) -> Committed:
@@ -216,9 +232,8 @@ class DirectoryEngine:
                 return saving.run(flattened, save.path, save.step, metrics)
 
             return plans, alone
-        blobs = self._rank_plans.plan(flattened)
+        blobs = self._rank_plans.plan(flattened, meeting.ranks.rank, meeting.ranks.world_size)
         plans = blobs.bound(flattened)
-        meeting = save.meeting
 
         def together(images: Sequence[Image]) -> Committed:
             saving = RankSaving(self.store, self._started(), flattened, blobs, plans, images, self._last, meeting)
@@ -243,7 +258,7 @@ class DirectoryEngine:
             if save.staging is not None:
                 save.staging.result()
             committed = self._last = write(images)
-            if then is not None and (self.ranks is None or self.ranks.rank == 0):
+            if then is not None and (save.meeting is None or save.meeting.ranks.rank == 0):
                 then(committed)
         except BaseException as error:
             save.refuse(error)
@@ -405,9 +420,10 @@ class DirectoryEngine:
 
     def adopt(self, path: str | os.PathLike[str]) -> None:
         """Let the next save use again what is unchanged since the checkpoint at `path`, and this rank has written."""
-        rank = msgspec.UNSET if self.ranks is None else self.ranks.rank
+        ranks = self.ranks
+        rank = msgspec.UNSET if ranks is None else ranks.rank
         with self.open(path) as stored:
-            if self.ranks is not None and stored.head.world_size != self.ranks.world_size:
+            if ranks is not None and stored.head.world_size != ranks.world_size:
                 return
             blobs = tuple(
                 Earlier(f"{stored.path}/{blob.name}", blob, stored.index(number))

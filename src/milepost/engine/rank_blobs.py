@@ -195,17 +195,15 @@ def _within(box: Box, held: Box) -> Box:
 class RankPlanMemory:
     """The plans of the structures that were saved last, as `PlanMemory` for one rank."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self._rank = rank
-        self._world_size = world_size
+    def __init__(self) -> None:
         self._known: deque[tuple[Any, RankBlobs]] = deque(maxlen=_KEPT)
 
-    def plan(self, flattened: Flattened) -> RankBlobs:
+    def plan(self, flattened: Flattened, rank: int, world_size: int) -> RankBlobs:
         """The plan of a state; made anew only where its structure is."""
-        structure = flattened.structure
+        structure = (flattened.structure, rank, world_size)
         for known, blobs in self._known:
             if known == structure:
                 return blobs
-        blobs = RankBlobs(flattened, self._rank, self._world_size)
+        blobs = RankBlobs(flattened, rank, world_size)
         self._known.appendleft((structure, blobs))
         return blobs

@@ -174,6 +174,7 @@ class Meeting:
         self.ranks = ranks
         self._name = name
         self._left = False
+        self._lock = threading.Lock()
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -334,7 +335,9 @@ class Meeting:
 
     def get_on(self) -> None:
         """Show that this rank gets on with it."""
-        self._add(f"progress/{self.ranks.rank}", 1)
+        with self._lock:  # not after the last rank has left and taken the keys away
+            if not self._left:
+                self._add(f"progress/{self.ranks.rank}", 1)
 
     def progress_of(self, rank: int) -> int:
         """A number that goes up while the rank gets on with it."""
@@ -385,9 +388,10 @@ class Meeting:
 
     def _leave(self) -> None:
         """This rank reads nothing more of it. The last one to leave takes the keys away."""
-        if self._left:
-            return
-        self._left = True
+        with self._lock:
+            if self._left:
+                return
+            self._left = True
         if self._add("left", 1) < self.ranks.world_size:
             return
         ranks = range(self.ranks.world_size)
