@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from milepost import PerRank
 from milepost.cli.main import main
 from milepost.engine.directory import DirectoryEngine
 from milepost.errors import CheckpointCorruptError, UnencodableValueError
@@ -85,17 +86,15 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert torch.equal(one["extra"], other["extra"]) and one["n"] == (3, "a") == other["n"]
 
 
-def start(rank: int, ranks: int, folder: str, programs: tuple[str, ...]) -> None:
+def start(rank: int, ranks: int, folder: str, program: str) -> None:
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{programs[0]}.store", rank=rank, world_size=ranks)
-    for program in programs:
-        PROGRAMS[program](Path(folder))
-        Path(folder, f"{program}.{rank}.done").touch()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{program}.store", rank=rank, world_size=ranks)
+    PROGRAMS[program](Path(folder))
     dist.destroy_process_group()
 
 
-def launch(ranks: int, folder: Path, *programs: str) -> None:
-    mp.spawn(start, (ranks, str(folder), programs), nprocs=ranks)
+def launch(ranks: int, folder: Path, program: str) -> None:
+    mp.spawn(start, (ranks, str(folder), program), nprocs=ranks)
 
 
 # ---- what two ranks do -----------------------------------------------------------------------------------------------
@@ -114,6 +113,7 @@ def save_in_every_way(folder: Path) -> None:
         assert_same(whole(other.state() | {"n": (3, "a")}), expected)
     plans_that_are_kept(run, folder)
     split_by_bytes(run, folder)
+    what_each_rank_has(folder)
     in_the_background(run, folder)
     failures(run, folder)
 
@@ -146,6 +146,21 @@ def split_by_bytes(run: Run, folder: Path) -> None:
     with pytest.raises(CheckpointException, match="different tensors"):
         odd = {"w": torch.zeros(2 + dist.get_rank())}
         dcp.save(odd, storage_writer=MilepostWriter(folder / "odd"), planner=MilepostSavePlanner())
+
+
+def what_each_rank_has(folder: Path) -> None:
+    """A `PerRank` value is saved by every rank, and each gets its own back, another number of ranks all of them."""
+    rank = dist.get_rank()
+    own = {"seed": 10 + rank, "state": torch.full((3,), float(rank))}
+    state = {"w": torch.ones(2), "rng": PerRank(own), "deep": {"n": PerRank(rank)}}
+    dcp.save(state, storage_writer=MilepostWriter(folder / "own"))
+    loaded: dict[str, Any] = {"w": torch.zeros(2), "rng": None, "deep": {"n": None}}
+    dcp.load(loaded, storage_reader=MilepostReader(folder / "own"))
+    assert loaded["rng"]["seed"] == 10 + rank and torch.equal(loaded["rng"]["state"], own["state"])
+    assert loaded["deep"] == {"n": rank}
+    for odd in ({"pair": (PerRank(1), 2)}, {f"own_{rank}": PerRank(1)}):
+        with pytest.raises(CheckpointException, match="PerRank"):
+            dcp.save({"n": PerRank(0), **odd}, storage_writer=MilepostWriter(folder / "odd"))
 
 
 def in_the_background(run: Run, folder: Path) -> None:
@@ -271,36 +286,29 @@ def alone(path: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks have saved, in one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "titan").mkdir()
-    launch(2, folder, "save_in_every_way", "as_torchtitan_does")
-    return folder
-
-
-def test_two_ranks_save_and_load_with_plans_kept_in_the_background_and_through_failures(saved: Path) -> None:
-    assert len(list(saved.glob("save_in_every_way.*.done"))) == 2
-
-
-def test_torchtitans_way_of_calling_dcp(saved: Path) -> None:
-    assert len(list(saved.glob("as_torchtitan_does.*.done"))) == 2
+@pytest.mark.timeout(300)
+def test_torchtitans_way_of_calling_dcp(tmp_path: Path) -> None:
+    (tmp_path / "titan").mkdir()
+    launch(2, tmp_path, "as_torchtitan_does")
     engine = DirectoryEngine()
-    state = engine.load(saved / "titan" / "step-5")
+    state = engine.load(tmp_path / "titan" / "step-5")
     engine.close()
     assert state["0.weight"].shape == (30, 7)
     assert state["optimizer"]["state.0.weight.exp_avg"].shape == (30, 7)
     assert set(state["dataloader"]) == {"dp_rank_0", "dp_rank_1", "world_size"}
 
 
-def test_one_and_three_ranks_load_what_two_have_saved(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tmp_path = saved
+@pytest.mark.timeout(300)
+def test_two_ranks_save_and_one_two_and_three_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(2, tmp_path, "save_in_every_way")
     launch(3, tmp_path, "load_on_three")
     expected = torch.load(tmp_path / "expected.pt")
     for path in ("step-2", "theirs"):
         assert_same(alone(tmp_path / path), expected)
-    assert main(["verify", str(tmp_path / "step-2")]) == 0
+    own: dict[str, Any] = {"deep": {"n": None}}
+    dcp.load(own, storage_reader=MilepostReader(tmp_path / "own"))
+    assert own["deep"]["n"].values == (0, 1)
+    assert main(["verify", str(tmp_path / "step-2"), str(tmp_path / "own")]) == 0
     assert main(["ls", str(tmp_path)]) == 0 and "loss=0.5" in capsys.readouterr().out
     for blob in (tmp_path / "step-2").glob("*.safetensors"):
         flip(blob)
@@ -318,6 +326,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.timeout(300)
 def test_a_rank_that_is_killed_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessExitedException):
         launch(2, tmp_path, "a_rank_is_killed")

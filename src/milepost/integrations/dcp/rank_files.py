@@ -19,8 +19,10 @@ from msgspec import UNSET, structs
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
+from milepost._distributed import PerRank
 from milepost.engine.commit import PendingDirectory
 from milepost.engine.planner import Earlier, files_of, plan_blob
+from milepost.engine.rank_blobs import file_name
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Leaf
 from milepost.engine.save import Committed, Saving, maps_of
@@ -29,7 +31,7 @@ from milepost.engine.state import Flattened
 from milepost.engine.value_forms import encode as form_of
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointError, UnencodableValueError
-from milepost.format import codec
+from milepost.format import codec, manifest
 from milepost.format.boxes import Box, part_name
 from milepost.format.codec import Tagged, TensorRef
 from milepost.format.manifest import HEAD_NAME, Blob
@@ -46,7 +48,7 @@ class Stored:
 
     Attributes:
         ref: of a tensor; its blob counts among the rank's own.
-        tree: of a value, as the codec has it.
+        tree: of a value, as the codec has it. Neither: nothing is stored for the item itself.
     """
 
     ref: TensorRef | None = None
@@ -60,11 +62,19 @@ class RankFiles:
     Attributes:
         directory: where the files are.
         maps: where one rank saves alone, what other tools read of groups that lie in two files: names and contents.
+        own: keys of the `PerRank` values, in their order in the file `tree`.
     """
 
     directory: str
     blobs: tuple[Blob, ...]
     maps: tuple[tuple[str, bytes], ...] = ()
+    own: tuple[str, ...] = ()
+    tree: manifest.Stored | None = None
+
+    def names(self) -> list[tuple[str, int]]:
+        """All files, with their sizes in bytes."""
+        found = [(part.name, part.bytes) for blob in self.blobs for part in (blob, blob.index)]
+        return found if self.tree is None else [*found, (self.tree.name, self.tree.bytes)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class _Item:
         closed: whether it is the form of a container that DCP has taken for one value.
     """
 
-    write: WriteItem
+    write: WriteItem | None
     group: str
     name: str
     value: Any
@@ -96,22 +106,23 @@ def write_rank(
         UnencodableValueError: a value cannot be stored as data, and `pickled` is None.
         OSError: writing failed.
     """
-    items = [_resolved(item, planner, _path(item, plan)) for item in plan.items]
-    state: dict[str, Any] = {}
-    for item in items:
-        if not item.empty:
-            (state.setdefault(item.group, {}) if item.group else state)[item.name] = item.value
-    flattened = Flattened(state, pickled)
+    own = _own(planner, plan) if ranks > 1 else {}
+    items = [_resolved(item, planner, _path(item.index.fqn, plan)) for item in plan.items if item.index.fqn not in own]
+    flattened = _flattened([*own.values(), *items], pickled, len(own))
     plans = _plans(flattened, items, rank, ranks)
     saving = Saving(store, workers, plans, [LiveImage(Source(each)) for each in plans], last)
     blobs = [written.earlier for written in saving.blobs(pending, rank)]
     places = saving.places(blobs)
     tree = flattened.tree(places.__getitem__)
-    found = [(item.write, _stored(item, tree)) for item in items]
-    if ranks > 1:
-        return found, RankFiles(pending.path, tuple(each.blob for each in blobs))
-    alone = tuple(structs.replace(each.blob, rank=UNSET) for each in blobs)
-    return found, RankFiles(pending.path, alone, tuple(maps_of(blobs)))
+    found = [(item.write, _stored(item, tree)) for item in items if item.write is not None]
+    if ranks == 1:
+        alone = tuple(structs.replace(each.blob, rank=UNSET) for each in blobs)
+        return found, RankFiles(pending.path, alone, tuple(maps_of(blobs)))
+    stored = None
+    if own:
+        data = codec.encode(flattened.own_tree(places.__getitem__))
+        stored = saving.small(pending, file_name(manifest.TREE_NAME, rank), data, None)
+    return found, RankFiles(pending.path, tuple(each.blob for each in blobs), own=tuple(own), tree=stored)
 
 
 def base_of(target: str, rank: int, ranks: int) -> Committed | None:
@@ -147,14 +158,43 @@ def _saved_at(path: str) -> int:
 # ---- items -----------------------------------------------------------------------------------------------------------
 
 
-def _path(item: WriteItem, plan: SavePlan) -> KeyPath:
+def _path(key: str, plan: SavePlan) -> KeyPath:
     paths: Any = plan.planner_data
-    return paths.get(item.index.fqn, (item.index.fqn,)) if isinstance(paths, Mapping) else (item.index.fqn,)
+    return paths.get(key, (key,)) if isinstance(paths, Mapping) else (key,)
+
+
+def _named(path: KeyPath) -> tuple[str, str]:
+    """Group and name of what stands at a path."""
+    return (str(path[0]) if len(path) > 1 else ""), ".".join(map(str, path[1:])) or str(path[0])
+
+
+def _own(planner: SavePlanner, plan: SavePlan) -> dict[str, _Item]:
+    """The `PerRank` values of the state, in an order that is the same on all ranks. DCP's plans know one of each."""
+    state = getattr(planner, "state_dict", {})
+    paths = {key: _path(key, plan) for key, value in state.items() if isinstance(value, PerRank)}
+    return {key: _Item(None, *_named(path), state[key]) for key, path in sorted(paths.items(), key=_in_order)}
+
+
+def _in_order(item: tuple[str, KeyPath]) -> list[str]:
+    return list(map(str, item[1]))
+
+
+def _flattened(items: list[_Item], pickled: Pickled | None, own: int) -> Flattened:
+    state: dict[str, Any] = {}
+    for item in items:
+        if not item.empty:
+            (state.setdefault(item.group, {}) if item.group else state)[item.name] = item.value
+    found = Flattened(state, pickled, ranks=own > 0)
+    if found.own_values != own or found.sharded:
+        raise UnencodableValueError(
+            "There is a PerRank value or a DTensor within a value that DCP stores as one, such as a tuple or a list of"
+            " numbers: give it a key of its own."
+        )
+    return found
 
 
 def _resolved(item: WriteItem, planner: SavePlanner, path: KeyPath) -> _Item:
-    group = str(path[0]) if len(path) > 1 else ""
-    name = ".".join(map(str, path[1:])) or str(path[0])
+    group, name = _named(path)
     if item.type == WriteItemType.BYTE_IO:
         value = _value(item, planner)
         if is_container(value):

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from milepost.engine.loading import owned_tree, read_tensors
+from milepost import _distributed
+from milepost.engine.loading import read_tensors
 from milepost.engine.locating import Located
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.requests import Destination
-from milepost.engine.state import rebuild, references, stored_type
+from milepost.engine.state import own_values, rebuild, references, stored_type
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointFormatError
 from milepost.format.boxes import Box
-from milepost.format.codec import PartsRef, TensorRef
+from milepost.format.codec import PartsRef, RanksRef, TensorRef
 from milepost.format.distcp import Chunk, is_distcp
 from milepost.format.distcp_files import DistcpFiles
 from milepost.format.manifest import HEAD_NAME
@@ -90,6 +91,7 @@ class DirectorySource:
         self._stored = stored
         self._unpickle = unpickle
         self._workers = Workers(threads)
+        self._rank = rank
         self._located = Located(stored, rank)
         self._leaves: dict[str, Any] = {}
         self._rows: dict[tuple[str, tuple[int, ...]], TensorRef] = {}
@@ -108,7 +110,7 @@ class DirectorySource:
         self._workers.close()
 
     def _look_through(self) -> None:
-        for path, leaf in _leaves((), owned_tree(self._stored)):
+        for path, leaf in _leaves((), self._stored.tree):
             key = ".".join(map(str, path))
             if key in self.paths:
                 raise CheckpointFormatError(
@@ -137,6 +139,10 @@ class DirectorySource:
 
     def value(self, key: str) -> Any:
         leaf = self._leaves[key]
+        if isinstance(leaf, RanksRef):
+            several = len(self._stored.head.rank_trees())
+            rank = self._rank if several == _distributed.world_size() else None
+            leaf = own_values(leaf, self._stored.rank_tree, rank, several)
         tensors = read_tensors(self._stored, self._located, self._workers, references(leaf), {})
         return rebuild(leaf, tensors.__getitem__, self._unpickle)
 

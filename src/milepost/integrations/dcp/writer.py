@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -21,7 +22,7 @@ from milepost.engine.save import Saving, new_head
 from milepost.engine.writer import Workers
 from milepost.errors import CheckpointError, CheckpointSaveError, MisconfigurationException
 from milepost.format import codec
-from milepost.format.codec import PartsRef, Tagged, TensorRef
+from milepost.format.codec import PartsRef, RanksRef, TensorRef
 from milepost.integrations.dcp.nesting import nest
 from milepost.integrations.dcp.rank_files import RankFiles, Stored, base_of, write_rank
 from milepost.storage.store import LocalStore, Store
@@ -168,16 +169,14 @@ class MilepostWriter(StorageWriter):
     def _gather(self, pending: PendingDirectory, files: RankFiles) -> None:
         """Move what a rank has written into the directory that is committed."""
         if files.directory != pending.path:
-            for blob in files.blobs:
-                for name in (blob.name, blob.index.name):
-                    self._store.rename(f"{files.directory}/{name}", pending.file(name))
+            for name, _ in files.names():
+                self._store.rename(f"{files.directory}/{name}", pending.file(name))
             with suppress(OSError):
                 self._store.remove_directory(files.directory)
-        for blob in files.blobs:
-            for name, size in ((blob.name, blob.bytes), (blob.index.name, blob.index.bytes)):
-                found = os.stat(pending.file(name)).st_size  # noqa: PTH116
-                if found != size:
-                    raise OSError(f"{name} has {found} bytes here, and {size} where it was written")
+        for name, size in files.names():
+            found = os.stat(pending.file(name)).st_size  # noqa: PTH116
+            if found != size:
+                raise OSError(f"{name} has {found} bytes here, and {size} where it was written")
 
     def _write_head(self, pending: PendingDirectory, files: list[RankFiles], tree: Any) -> None:
         blobs = [blob for each in files for blob in each.blobs]
@@ -185,6 +184,8 @@ class MilepostWriter(StorageWriter):
         try:
             saving = Saving(self._store, workers, [], [], None)
             head = new_head(self._number(), self._metrics, len(files), blobs)
+            if trees := [each.tree for each in files if each.tree is not None]:
+                head = structs.replace(head, trees=trees)
             saving.write_rest(pending, head, tree, [named for each in files for named in each.maps])
         finally:
             workers.close()
@@ -232,21 +233,30 @@ def _failing(target: str, step: int) -> Iterator[None]:
 def _tree(metadata: Metadata, results: list[list[WriteResult]]) -> dict[str, Any]:
     """The nested state, from where each rank says that it has stored its items."""
     refs: dict[tuple[str, Any], TensorRef] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = _own_values([found[0].storage_data for found in results])
     first = 0
     for found in results:
         files: RankFiles = found[0].storage_data
+        numbers = range(first, first + len(files.blobs))
         for result in found[1:]:
             stored: Stored = result.storage_data
             if stored.tree is not None:
-                values[result.index.fqn] = _shifted(codec.decode(stored.tree, result.index.fqn), first)
+                values[result.index.fqn] = codec.renumbered(codec.decode(stored.tree, result.index.fqn), numbers)
             elif stored.ref is not None:
-                refs[result.index.fqn, result.index.offset] = _shifted(stored.ref, first)
+                refs[result.index.fqn, result.index.offset] = codec.renumbered(stored.ref, numbers)
         first += len(files.blobs)
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     described = metadata.state_dict_metadata
     keys = [*(key for key in paths if key in described), *(key for key in described if key not in paths)]
     return nest((paths.get(key, (key,)), _node(key, described[key], refs, values)) for key in keys)
+
+
+def _own_values(files: list[RankFiles]) -> dict[str, Any]:
+    """The places of the `PerRank` values, which all ranks must have."""
+    if len({each.own for each in files}) > 1:
+        differ = sorted({key for each in files for key in each.own if any(key not in other.own for other in files)})
+        raise MisconfigurationException(f"Not all ranks have the PerRank values {differ}: give them on every rank.")
+    return {key: RanksRef(number) for number, key in enumerate(files[0].own)}
 
 
 def _node(key: str, described: Any, refs: dict[tuple[str, Any], TensorRef], values: dict[str, Any]) -> Any:
@@ -256,14 +266,3 @@ def _node(key: str, described: Any, refs: dict[tuple[str, Any], TensorRef], valu
     if len(found) == 1 and described.chunks[0].sizes == described.size:
         return found[0]
     return PartsRef(*zip(*found, strict=True))
-
-
-def _shifted(node: Any, first: int) -> Any:
-    """A tree of one rank's among the blobs of all."""
-    if isinstance(node, TensorRef):
-        return TensorRef(node.blob + first, node.row)
-    if isinstance(node, dict):
-        return type(node)((key, _shifted(value, first)) for key, value in node.items())
-    if type(node) in (list, tuple):
-        return type(node)(_shifted(value, first) for value in node)
-    return Tagged(_shifted(node.data, first)) if isinstance(node, Tagged) else node
