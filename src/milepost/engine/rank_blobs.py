@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from milepost.engine import planner
 from milepost.engine.rank_plan import RankPlan, Share, Tensor, described, digest
 from milepost.engine.requests import BlobPlan, Leaf
@@ -56,6 +54,7 @@ class RankBlobs:
         self.plan = RankPlan(structure, world_size)
         self._check_held(flattened)
         self._shares = self.plan.shares(rank)
+        self._cut_out = [self._held(share) for share in self._shares]
         mine = [flattened.leaves[number] for number in sorted(own)]
         self._mine = [replace(leaf, name=f"{leaf.group}.{leaf.name}" if leaf.group else leaf.name) for leaf in mine]
         self.own = {leaf.number: len(self._shares) + n for n, leaf in enumerate(self._mine)}
@@ -68,7 +67,9 @@ class RankBlobs:
 
     def bound(self, flattened: Flattened) -> list[BlobPlan]:
         """The plans with the tensors of this save."""
-        parts = [self._part(flattened, share) for share in self._shares]
+        parts = [
+            flattened.tensors[leaf] if box is None else flattened.narrowed(leaf, box) for leaf, box in self._cut_out
+        ]
         tensors = [*parts, *(flattened.tensors[leaf.number] for leaf in self._mine)]
         return [plan.bound(tensors) for plan in self.plans]
 
@@ -174,22 +175,17 @@ class RankBlobs:
             part_of=(leaf.name, whole, share.box.offsets),
         )
 
-    def _part(self, flattened: Flattened, share: Share) -> torch.Tensor:
-        """The share in this rank's memory. Of types that are stored as bytes, out of the tensor before it is that."""
-        leaf = self._leaves[share.tensor][1]
+    def _held(self, share: Share) -> tuple[int, Box | None]:
+        """The leaf of a share, and where the share lies in what this rank holds of it; None: it is all of that."""
+        leaf = self._leaves[share.tensor][1].number
         held = self.plan.local_box(self.rank, share.tensor)
-        if share.box is None or held == share.box:
-            return flattened.tensors[leaf.number]
-        assert held is not None
-        return flattened.narrowed(leaf.number, _within(share.box, held))
+        if share.box is None or held is None or held == share.box:
+            return leaf, None
+        offsets = tuple(first - start for first, start in zip(share.box.offsets, held.offsets, strict=True))
+        return leaf, Box(offsets, share.box.shape)
 
 
 _OWN = f"{planner.OF_RANK}."
-
-
-def _within(box: Box, held: Box) -> Box:
-    offsets = tuple(first - start for first, start in zip(box.offsets, held.offsets, strict=True))
-    return Box(offsets, box.shape)
 
 
 class RankPlanMemory:
