@@ -6,6 +6,7 @@
     ├── MisconfigurationException (ValueError)      misconfiguration    arguments that cannot work
     ├── MissingDependencyError (ModuleNotFoundError) missing_dependency  an optional package is missing
     ├── ResumeError (RuntimeError)                 resume              sound, but does not fit this run
+    ├── RankFailedError (RuntimeError)             rank_failed         another rank failed, or did not take part
     └── CheckpointError                            checkpoint
         ├── CheckpointNotFoundError (FileNotFoundError)  not_found    nothing is there
         ├── CheckpointFormatError (ValueError)     format             no checkpoint, or a newer one
@@ -157,6 +158,20 @@ class CheckpointRemoveError(CheckpointError, OSError):
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message)
         self.path = path
+
+
+class RankFailedError(MilepostError, RuntimeError):
+    """Another rank failed, or did not take part, in what all ranks do together.
+
+    Attributes:
+        rank: which.
+    """
+
+    kind = "rank_failed"
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class SIGTERMException(SystemExit):

@@ -21,12 +21,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from milepost import _distributed
 from milepost.engine.reader import StoredCheckpoint
 from milepost.format.layout import PIECE_BYTES, pieces_of
 
-SAVERS = {"single": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "fsdp2 tp2": 4}
+SAVERS = {"single": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "fsdp2 tp2": 4, "page: fsdp2 tp2": 4}
+"""Layouts, and how many ranks save them; the last one by the writer that was made from the format page."""
 LOADERS = {"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp3": 3, "fsdp4": 4, "fsdp2 tp2": 4}
-VOCABULARY, WIDTH = 6001, 96  # the embedding alone is more than two pieces; 6001 rows divide by nothing
+VOCABULARY, WIDTH = 3001, 96  # the embedding alone is more than a piece; 3001 rows divide by nothing
 
 
 class Block(nn.Module):
@@ -131,7 +133,7 @@ def one_process(rank: int, folder: Path, phases: list[tuple[str, int, Callable[.
     for name, size, work in phases:
         with group(folder, name, rank, size) as ours:
             if ours:
-                work(folder, name.split(": ")[1])
+                work(folder, name.split(": ", 1)[1])
 
 
 def pieces_read(stored: StoredCheckpoint) -> Counter[tuple[int, int]]:
@@ -151,12 +153,17 @@ def pieces_needed(stored: StoredCheckpoint, live: dict[str, torch.Tensor]) -> se
         for row in range(len(index.names)):
             entry, box = index.entry(row), index.box(row)
             name = entry.name if box is None else index.boxes[str(row)][0]
-            tensor = live[f"{blob.group}.{name}"]
-            shape, offsets = tuple(tensor.shape), (0,) * tensor.dim()
-            if isinstance(tensor, DTensor):
-                shape, offsets = compute_local_shape_and_global_offset(
-                    tensor.shape, tensor.device_mesh, tensor.placements
-                )
+            path = name if blob.group in ("rest.", "rank.") else f"{blob.group}.{name}"
+            if path.startswith("own."):  # each rank's own; all of them where another number of ranks loads
+                ours = (blob.rank, stored.head.world_size) == (_distributed.rank(), _distributed.world_size())
+                if ours or stored.head.world_size != _distributed.world_size() or stored.head.world_size == 1:
+                    found |= {(number, n) for n in pieces_of(entry.start, entry.stop)}
+                continue
+            tensor = live[path]
+            if not isinstance(tensor, DTensor):
+                found |= {(number, n) for n in pieces_of(entry.start, entry.stop)}
+                continue
+            shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             held = numpy.zeros(tuple(tensor.shape), bool)
             held[(*(slice(at, at + n) for at, n in zip(offsets, shape, strict=True)), ...)] = True
             if box is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from milepost.engine.agreement import AgreedSearch, newest_good
 from milepost.engine.commit import REPLACED, remove_checkpoint, sweep
 from milepost.engine.directory import DirectoryEngine, DirectorySave
 from milepost.engine.lazy import changed_by_steps
@@ -244,7 +244,9 @@ class Checkpointer:
     ) -> int:
         """Put the newest good checkpoint into `state`: into the tensors that are there.
 
-        It may have been saved by any number of ranks, in any layout: each rank reads what it holds.
+        It may have been saved by any number of ranks, in any layout: each rank reads what it holds. Where several ranks
+        save together, all of them call this, and all restore the same step: where one finds damage in what it reads,
+        all go on to the next older checkpoint.
 
         Args:
             state: as it was given to `save`; plain values in it are replaced.
@@ -262,28 +264,21 @@ class Checkpointer:
             CheckpointCorruptError: there are checkpoints and all are damaged, or the one of `step` is. What was read
                 before the damage was found has been overwritten in `state`.
             CheckpointNotFoundError: there is none of `step`.
+            RankFailedError: of several ranks another one does not take part, or cannot restore what is sound.
         """
         self._engine.wait()
         self.report = None
+
+        def one(candidate: int) -> None:
+            self._restore_one(state, candidate, parts, strict)
+
+        ranks = self._engine.ranks
+        if ranks is not None:
+            return AgreedSearch(ranks, str(self.directory.absolute()), self.steps, self._engine.progress).run(one, step)
         if step is not None:
-            self._restore_one(state, step, parts, strict)
+            one(step)
             return step
-        first_error: CheckpointCorruptError | CheckpointFormatError | None = None
-        candidates = self.steps()
-        while candidates:
-            candidate = candidates.pop()
-            try:
-                self._restore_one(state, candidate, parts, strict)
-            except CheckpointNotFoundError:  # removed by somebody since it was listed, who may have saved newer ones
-                candidates = self.steps()
-            except (CheckpointCorruptError, CheckpointFormatError) as error:
-                first_error = first_error or error
-                warnings.warn(f"passing over the damaged checkpoint of step {candidate}: {error}", stacklevel=2)
-            else:
-                return candidate
-        if first_error is not None:
-            raise first_error
-        return 0
+        return newest_good(one, self.steps)
 
     def load(self, step: int) -> dict[str, Any]:
         """The state of `step`, in new memory: what objects had returned from `state_dict` where objects were saved.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -116,6 +117,7 @@ class DirectoryEngine:
         self._ranks = ranks
         self._rank_deadline_seconds = rank_deadline_seconds
         self._rank_plans = RankPlanMemory()
+        self._reading: StoredCheckpoint | None = None
         self._gate = StepGate()
         self._last: Committed | None = None
         self._under_way: list[DirectorySave] = []
@@ -329,6 +331,14 @@ class DirectoryEngine:
                         raise
         raise AssertionError("the last attempt returns or raises")
 
+    def progress(self) -> int:
+        """A number that goes up while this gets on: with the bytes read while tensors are read, else with the time.
+
+        What comes after reading may be an object's own `load_state_dict`, of whose progress nobody knows.
+        """
+        stored = self._reading
+        return time.monotonic_ns() if stored is None else stored.bytes_read
+
     def load(self, path: str | os.PathLike[str], *, unpickle: bool = False) -> dict[str, Any]:
         """Read a whole checkpoint, every byte of it verified.
 
@@ -365,7 +375,11 @@ class DirectoryEngine:
             For each the first one given for it, or the new one.
         """
         located = located or Located(stored, _distributed.rank())
-        return read_tensors(stored, located, self._started(), wanted, into or {})
+        self._reading = stored
+        try:
+            return read_tensors(stored, located, self._started(), wanted, into or {})
+        finally:
+            self._reading = None
 
     def verify(self, path: str | os.PathLike[str]) -> None:
         """Read all of a checkpoint and compare it with its digests.

@@ -287,7 +287,7 @@ def _open_directory(path: str) -> int:
 
 def _key_path(blob: Blob, name: str) -> str:
     """Of a tensor in the state. The shared blob's names begin with their group; tensors at the top have none."""
-    return name if blob.group in ("", "rest.") else f"{blob.group}.{name}"
+    return name if blob.group in ("", "rest.", "rank.") else f"{blob.group}.{name}"
 
 
 def _runs(wanted: Sequence[Destination], size: int) -> list[_Run]:

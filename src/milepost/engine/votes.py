@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -304,6 +304,49 @@ class Meeting:
         self._leave()
         return found
 
+    def say(self, key: str, value: Any) -> None:
+        """Rank 0 lets the others hear something."""
+        self._set(key, value)
+
+    def hear(self, key: str, kind: type[_T]) -> _T:
+        """What rank 0 says under `key`; it is waited for.
+
+        Raises:
+            RankFailure: it does not get on.
+        """
+        return self._wait_for(key, kind)
+
+    def answer(self, key: str, value: Any) -> None:
+        """Tell rank 0 what this rank has to say under `key`."""
+        self._set(f"{key}/{self.ranks.rank}", value)
+        self._add(f"{key}/count", 1)
+
+    def answers(self, key: str, kind: type[_T]) -> dict[int, _T]:
+        """To rank 0: what each of the others has to say under `key`; all are waited for.
+
+        Raises:
+            RankFailure: one of them does not get on.
+        """
+        missing = set(range(1, self.ranks.world_size))
+        found: dict[int, _T] = {}
+        watch, seen = _Watch(self, missing), 0
+        for _ in self._turns():
+            count = self._add(f"{key}/count", 0)
+            for rank in sorted(missing) if count != seen else ():
+                if (said := self._get(f"{key}/{rank}", kind)) is not None:
+                    missing.discard(rank)
+                    found[rank] = said
+            seen = count
+            if not missing:
+                return found
+            watch.look(missing)
+        raise AssertionError("it waits until the answers are there, or raises")
+
+    def leave(self, said: Sequence[str] = (), answered: Sequence[str] = ()) -> None:
+        """This rank reads nothing more of it. What was said and answered under these keys is taken away by the last."""
+        ends = ["count", *range(self.ranks.world_size)]
+        self._leave([*said, *(f"{key}/{end}" for key in answered for end in ends)])
+
     @contextmanager
     def pulse(self, progress: Callable[[], int], stop: Callable[[str], None]) -> Iterator[None]:
         """Show the others, as long as this lasts, that this rank gets on: whenever the number `progress` has changed.
@@ -386,7 +429,7 @@ class Meeting:
     def _add(self, key: str, number: int) -> int:
         return int(self.ranks.ask(lambda store: store.add(self._key(key), number)))
 
-    def _leave(self) -> None:
+    def _leave(self, more: Sequence[str] = ()) -> None:
         """This rank reads nothing more of it. The last one to leave takes the keys away."""
         with self._lock:
             if self._left:
@@ -397,6 +440,7 @@ class Meeting:
         ranks = range(self.ranks.world_size)
         keys = ["structure", "begin", "outcome", "decision", "votes", "claim", "withdrawn", "left"]
         keys += [f"{kind}/{rank}" for kind in ("vote", "progress") for rank in ranks]
+        keys += more
 
         def remove(store: Store) -> None:
             for key in keys:
