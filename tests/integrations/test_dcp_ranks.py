@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import warnings
@@ -19,6 +20,7 @@ import torchtitan_way as way
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -261,11 +263,31 @@ def as_torchtitan_does(folder: Path) -> None:
     )
 
 
+def in_another_process(folder: Path) -> None:
+    """The writer, and what a stager has copied, go to a process that DCP starts."""
+    logging.disable(logging.INFO)
+    stager = MilepostStager()
+    state = {"w": torch.arange(100.0), "n": 1}
+    for number, options in enumerate(({}, {"async_stager": stager})):
+        expected = state["w"].clone()
+        future = dcp.async_save(
+            state, storage_writer=MilepostWriter(folder / f"step-{number}"),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS, **options,
+        )  # fmt: skip
+        state["w"] += 1
+        future.result()
+        loaded = {"w": torch.zeros(100), "n": 0}
+        dcp.load(loaded, storage_reader=MilepostReader(folder / f"step-{number}"))
+        assert torch.equal(loaded["w"], expected) and loaded["n"] == 1
+    stager.close()
+
+
 PROGRAMS: dict[str, Callable[[Path], None]] = {
     "save_in_every_way": save_in_every_way,
     "load_on_three": load_on_three,
     "a_rank_is_killed": a_rank_is_killed,
     "as_torchtitan_does": as_torchtitan_does,
+    "in_another_process": in_another_process,
 }
 
 
@@ -296,6 +318,12 @@ def test_torchtitans_way_of_calling_dcp(tmp_path: Path) -> None:
     assert state["0.weight"].shape == (30, 7)
     assert state["optimizer"]["state.0.weight.exp_avg"].shape == (30, 7)
     assert set(state["dataloader"]) == {"dp_rank_0", "dp_rank_1", "world_size"}
+
+
+@pytest.mark.timeout(300)
+def test_a_save_in_another_process(tmp_path: Path) -> None:
+    launch(1, tmp_path, "in_another_process")
+    assert main(["verify", str(tmp_path / "step-0"), str(tmp_path / "step-1")]) == 0
 
 
 @pytest.mark.timeout(300)
