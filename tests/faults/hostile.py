@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from milepost import Checkpointer
+from milepost import Checkpointer, PerRank
+from milepost.engine.votes import Ranks
 from milepost.errors import MilepostError
 
-NAMES = ("manifest.json", "tree.json", "model.index.json", "rest.index.json")
 SPICE = [
     0, -1, 1, 2, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, "", "a", "..", "../x", "/etc/passwd",
     "manifest.json", "tree.json", "model.safetensors", "\0", "nan", "$", "v", "tensor", "value", "dict", "F32", "U8",
@@ -36,6 +38,9 @@ SPICE = [
     {"$": "value", "v": {"type": "torch.dtype", "value": "_dynamo"}},
     {"$": "value", "v": {"type": "enum", "class": "os:environ", "value": ["x"]}},
     {"$": "value", "v": {"type": "pickle", "path": "x", "value": {"$": "bytes", "v": "Y29zCnN5c3RlbQou"}}},
+    {"$": "parts", "v": [[0, 1], [0, 0]]}, {"$": "parts", "v": [[0], 0]}, {"$": "parts", "v": [[0, 0], [0, 1]]},
+    {"$": "ranks", "v": 0}, {"$": "ranks", "v": 9}, ["w", [2**40, 4], [0, 0]],
+    {"$": "parted", "v": ["dict", ["a"], [[0, 1]], [0], [0]]},
     {"$": "dict", "v": [[{"$": "tuple", "v": []}, 1]]}, {"$": "float", "v": "inf"}, {"$": "?", "v": 1}, {"$": 1},
 ]  # fmt: skip
 WATCHED = ("import", "exec", "compile", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.", "socket.",
@@ -84,6 +89,40 @@ def genuine(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((directory / "step-00000001").iterdir())}
 
 
+def genuine_of_ranks(directory: Path) -> dict[str, bytes]:
+    """One that two ranks saved, which are threads here: parts of tensors, and values of each."""
+    store, ends = dist.HashStore(), []
+    state = {**live(), "wide": torch.arange(60_000.0).reshape(200, 300)}
+
+    def save(rank: int) -> None:
+        ranks = Ranks(store, rank, 2)
+        with Checkpointer(directory, background=False, threads=1, ranks=ranks) as c:
+            c.save(1, {**state, "own": PerRank({"rank": rank, "seen": torch.full((3,), rank)})}, {"loss": 0.5})
+        ends.append(rank)
+
+    threads = [threading.Thread(target=save, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends) == [0, 1]
+    files = {path.name: path.read_bytes() for path in sorted((directory / "step-00000001").iterdir())}
+    lay_out(listed(files), directory)
+    with Checkpointer(directory, threads=1) as c:
+        c.restore(live())  # what is made at the first use is not the file's doing
+        c.load(1)
+    return files
+
+
+def listed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same, with what the head lists in a file beside it, as where it has no room for that."""
+    head = head_of(files)
+    listing = encoded({"version": 1, **{key: head[key] for key in ("blobs", "maps", "trees")}})
+    del head["trees"]
+    head.update(blobs=[], maps=[], listing={"name": "blobs.json", "bytes": len(listing), "xxh3_128": digest(listing)})
+    return with_head({**files, "blobs.json": listing}, encoded(head))
+
+
 def digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -109,10 +148,23 @@ def forged(files: dict[str, bytes], name: str, data: bytes) -> dict[str, bytes]:
     if name == "manifest.json":
         return with_head(files, data)
     head = head_of(files)
-    for stored in (head["tree"], *head["maps"], *(blob["index"] for blob in head["blobs"])):
+    files = {**files, name: data}
+    stored = [head["tree"], *head["maps"], *head.get("trees", []), *(blob["index"] for blob in head["blobs"])]
+    if "listing" in head:
+        if name != "blobs.json":
+            listing = json.loads(files["blobs.json"])
+            stored += [*listing["maps"], *listing["trees"], *(blob["index"] for blob in listing["blobs"])]
+            _put_right(stored, name, data)
+            files["blobs.json"] = encoded(listing)
+        head["listing"].update(bytes=len(files["blobs.json"]), xxh3_128=digest(files["blobs.json"]))
+    _put_right(stored, name, data)
+    return with_head(files, encoded(head))
+
+
+def _put_right(listed: list[dict[str, Any]], name: str, data: bytes) -> None:
+    for stored in listed:
         if stored["name"] == name:
             stored.update(bytes=len(data), xxh3_128=digest(data))
-    return with_head({**files, name: data}, encoded(head))
 
 
 def lay_out(files: dict[str, bytes], directory: Path) -> None:
@@ -184,7 +236,7 @@ def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutation(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, bytes]]:
-    name = draw.choice([name for name in NAMES if name in files])
+    name = draw.choice([name for name in files if name.endswith(".json")])
     if draw.random() < 0.3:
         body = encoded(head_of(files)) if name == "manifest.json" else files[name]
         return name, forged(files, name, mutate_bytes(body, draw))
@@ -195,10 +247,12 @@ def mutation(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[st
 
 
 def mutations(directory: Path, count: int, seed: int = 0) -> collections.Counter[str]:
-    files, draw = genuine(directory / "genuine"), random.Random(seed)
+    """Of a checkpoint of one rank, of one of two, and of that with its listing apart, in turn."""
+    of_ranks = genuine_of_ranks(directory / "of ranks")
+    kinds, draw = [genuine(directory / "genuine"), of_ranks, listed(of_ranks)], random.Random(seed)
     ends: collections.Counter[str] = collections.Counter()
     for number in range(count):
-        name, made = mutation(files, draw)
+        name, made = mutation(kinds[number % 3], draw)
         lay_out(made, directory / "forged")
         try:
             ends += try_all(directory / "forged")

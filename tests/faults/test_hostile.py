@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import encoded, forged, genuine, head_of, lay_out, live, mutations, try_all, with_head
+from hostile import (
+    encoded,
+    forged,
+    genuine,
+    genuine_of_ranks,
+    head_of,
+    lay_out,
+    listed,
+    live,
+    mutations,
+    try_all,
+    with_head,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,8 +48,8 @@ def test_the_genuine_one_is_read_in_each_way(files: Files, tmp_path: Path) -> No
 
 
 def test_mutations_end_in_an_error_of_ours_or_a_state(tmp_path: Path) -> None:
-    ends = mutations(tmp_path, 200, seed=1)
-    assert ends.total() == 600 and ends["CheckpointFormatError"] > 300
+    ends = mutations(tmp_path, 240, seed=1)
+    assert ends.total() == 720 and ends["CheckpointFormatError"] > 300
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Files], Files]:
@@ -108,6 +120,65 @@ CASES: dict[str, tuple[Callable[[Files], Files], str]] = {
     ),
     "a pickle": (edited("tree.json", _set("extra", {**TAG, "v": PICKLE})), "would run code"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files_of_ranks(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return genuine_of_ranks(tmp_path_factory.mktemp("of ranks"))
+
+
+def test_those_of_two_ranks_are_read_in_each_way(files_of_ranks: Files, tmp_path: Path) -> None:
+    assert files_of_ranks["tree.json"].count(b'"parts"') == 1, "wide is cut"
+    for made in (files_of_ranks, listed(files_of_ranks)):
+        lay_out(made, tmp_path)
+        assert try_all(tmp_path) == {"read": 3}
+
+
+CASES_OF_RANKS: dict[str, tuple[Callable[[Files], Files], str]] = {
+    "a part that stands twice": (edited("tree.json", _set("wide", "v", [[0, 0], [0, 0]])), "stands twice"),
+    "no parts": (edited("tree.json", _set("wide", "v", [[], []])), "no parts"),
+    "a part of another blob": (edited("tree.json", _set("wide", "v", [[0, 99], 0])), "blob 99"),
+    "values of no rank": (edited("tree.json", _set("own", {"$": "ranks", "v": 7})), "value 7 of 1"),
+    "a rank's tree that is a dict": (edited("tree-r00001.json", lambda _: b"{}"), "holds a dict"),
+    "a blob of another rank": (
+        edited("tree-r00001.json", _set(0, "seen", {"$": "tensor", "v": [3, 0]})),
+        "rank 1 has not written",
+    ),
+    "a rank too many": (edited("manifest.json", _set("world_size", 3)), "2 trees of 3"),
+    "a blob of a rank that was not there": (edited("manifest.json", _set("blobs", 0, "rank", 2)), "of rank 2 of 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in the head", "listed apart"])
+@pytest.mark.parametrize("name", CASES_OF_RANKS)
+def test_what_was_forged_of_two_ranks_is_refused_and_named(
+    files_of_ranks: Files, tmp_path: Path, name: str, apart: bool
+) -> None:
+    forge, message = CASES_OF_RANKS[name]
+    made = forge(files_of_ranks)
+    lay_out(listed(made) if apart else made, tmp_path)
+    assert try_all(tmp_path)["read"] <= 2
+    with Checkpointer(tmp_path, threads=1) as c, pytest.raises(MilepostError, match=message):
+        c.load(1)
+
+
+def test_parts_that_leave_a_gap_or_overlap_are_refused(files_of_ranks: Files, tmp_path: Path) -> None:
+    """Each index is sound by itself: together they are not."""
+    names = [name for name in files_of_ranks if name.endswith(".index.json")]
+    name, row = next(
+        (name, row)
+        for name in names
+        for row, box in json.loads(files_of_ranks[name]).get("boxes", {}).items()
+        if box[2] == [0, 0]
+    )
+    index = json.loads(files_of_ranks[name])
+    whole, rows = index["boxes"][row][0], index["shapes"][int(row)][0]
+    for offset, shape, message in ((1, [200, 300], "overlap"), (0, [201, 300], "parts of .* and ")):
+        index["names"][int(row)] = f"{whole}[{offset}:{offset + rows},0:300]"
+        index["boxes"][row] = [whole, shape, [offset, 0]]
+        lay_out(forged(files_of_ranks, name, encoded(index)), tmp_path)
+        with Checkpointer(tmp_path, threads=1) as c, pytest.raises(CheckpointFormatError, match=message):
+            c.load(1)
 
 
 @pytest.mark.parametrize("name", CASES)
