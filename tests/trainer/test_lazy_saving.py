@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from milepost import LightningModule, Trainer
 from milepost.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from milepost.engine.batch import Staging
 from milepost.engine.lazy import StepGate, changed_by_steps
 from milepost.errors import CheckpointSaveError
 from milepost.plugins import SnapshotCheckpointIO
@@ -334,7 +335,7 @@ def test_steps_out_of_compiled_code_wait_too() -> None:
 
     batch = torch.randn(4, 8)
     train(batch)
-    gate.hold_until(copied)
+    gate.hold_until(Staging(copied))
     before = model.weight.detach().clone()
     stepping = threading.Thread(target=train, args=(batch,))
     stepping.start()

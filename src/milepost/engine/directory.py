@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from milepost import _distributed
+from milepost.engine.batch import Staging
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
 from milepost.engine.lazy import StepGate, WrittenMeanwhile, rows_that_can_wait
@@ -49,7 +50,7 @@ class DirectorySave:
     def __init__(self, path: str, step: int) -> None:
         self.path = path
         self.step = step
-        self.staging: Future[None] | None = None
+        self.staging: Staging | None = None
         self.meeting: Meeting | None = None
         self._future: Future[Committed] = Future()
         self._told = False
@@ -195,8 +196,8 @@ class DirectoryEngine:
         later = [rows_that_can_wait(plan, lazy) for plan in plans] if lazy else []
         staged, copying = self._arena.stage(plans, workers.pool, workers.count, later)
         if copying is not None:
-            self._gate.hold_until(copying.future)
-            save.staging = copying.future
+            self._gate.hold_until(copying)
+            save.staging = copying
         self._under_way.append(save)
         assert self._writer is not None
         self._writer.submit(self._run, save, write, [*staged], then)

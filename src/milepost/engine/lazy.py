@@ -18,10 +18,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
@@ -32,7 +31,15 @@ from milepost.engine.requests import BlobPlan
 CHECK_VARIABLE = "MILEPOST_CHECK_LAZY"
 """Set to 1: each lazy copy is compared with one made at once. Takes the memory and the time of that copy."""
 
-Staging = Future[None]
+
+class Staging(Protocol):
+    """Something that is being copied."""
+
+    def hold(self) -> None:
+        """Make sure that a step which begins after this does not reach the copy."""
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for its end; what it failed with."""
 
 
 class StepGate:
@@ -54,10 +61,13 @@ class StepGate:
 
     def wait(self) -> None:
         """Wait until nothing of an optimizer's is being copied."""
+        self._let_go(lambda staging: staging.exception())  # what it failed with is told by the save's handle
+
+    def _let_go(self, wait: Callable[[Staging], Any]) -> None:
         with self._lock:
             waiting = list(self._open)
         for staging in waiting:
-            staging.exception()  # what it failed with is told by the save's handle
+            wait(staging)
         with self._lock:
             self._open = [staging for staging in self._open if staging not in waiting]
 
@@ -88,7 +98,7 @@ class StepGate:
 
     def _hold(self) -> None:
         begin = time.perf_counter()
-        self.wait()
+        self._let_go(lambda staging: staging.hold())
         self.held_seconds += time.perf_counter() - begin
 
 
@@ -145,10 +155,10 @@ def _of_torch(optimizer: Optimizer) -> bool:
 
 
 def can_wait(tensor: torch.Tensor) -> bool:
-    """Whether it is plain memory of the host whose writes torch counts."""
+    """Whether it is plain memory, of the host or a GPU, whose writes torch counts."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_inference()
@@ -195,14 +205,23 @@ class Watch:
         compare = os.environ.get(CHECK_VARIABLE) == "1" if compare is None else compare
         self._before = [tensor.detach().clone() for _, tensor, _ in self._tensors] if compare else []
 
-    def violation(self, copies: Sequence[int]) -> WrittenMeanwhile | None:
-        """What is to be raised; None where all is well. `copies` are the addresses of the copies, in the same order."""
-        written = [name for name, tensor, version in self._tensors if tensor._version != version]
+    def written(self) -> list[str]:
+        """Names of those that torch has counted a write to. Call it before the next step."""
+        return [name for name, tensor, version in self._tensors if tensor._version != version]
+
+    def violation(self, copies: Sequence[int], written: Sequence[str] | None = None) -> WrittenMeanwhile | None:
+        """What is to be raised; None where all is well. Call it once all is copied.
+
+        Args:
+            copies: the addresses of the copies, in the same order.
+            written: what `written` has returned, where a step may have come since.
+        """
+        written = self.written() if written is None else written
         if not written:
             written = [
                 name
                 for (name, _, _), before, copy in zip(self._tensors, self._before, copies, strict=False)
-                if not torch.equal(before.reshape(-1).view(torch.uint8), _bytes_at(copy, before.nbytes))
+                if not torch.equal(before.reshape(-1).view(torch.uint8).cpu(), _bytes_at(copy, before.nbytes))
             ]
         if not written:
             return None

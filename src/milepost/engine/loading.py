@@ -19,6 +19,9 @@ from milepost.format.boxes import Box
 from milepost.format.codec import TensorRef
 from milepost.format.regions import common, region
 
+BOUNCE_BYTES = 64 << 20
+"""Read for memory that bytes cannot be put into, such as a GPU's, before it is copied there. Two such may be held."""
+
 
 class Loading:
     """Collects what is to be read, and then reads it: of each blob each piece once, whoever wants a part of it."""
@@ -28,6 +31,9 @@ class Loading:
         self._located = located
         self._wanted: dict[int, list[Destination]] = {}
         self._after: list[tuple[torch.Tensor, torch.Tensor]] = []  # (the live memory, what is read for it)
+        self._devices: set[torch.device] = set()
+        self.bounced_bytes = 0
+        """What the next `run` reads into memory that is given back."""
 
     def new(self, ref: Ref) -> torch.Tensor:
         """A whole tensor in new host memory."""
@@ -48,7 +54,7 @@ class Loading:
     def into(self, ref: Ref, tensor: torch.Tensor) -> None:
         """A tensor of the stored type and shape, of which the part that this rank holds is read.
 
-        It is written directly where it is host memory, else by a copy afterwards.
+        It is written directly where it is plain host memory, else by a copy, out of pinned memory for a GPU.
         """
         if isinstance(ref, TensorRef) and _direct(tensor) and tensor.is_contiguous():
             self._row(ref, tensor)
@@ -58,12 +64,13 @@ class Loading:
                 continue
             memory = part.memory
             if not _direct(memory):
-                memory = torch.empty(memory.shape, dtype=memory.dtype)
+                memory = torch.empty(memory.shape, dtype=memory.dtype, pin_memory=memory.is_cuda)
                 self._after.append((part.memory, memory))
+                self.bounced_bytes += memory.nbytes
             self._box(ref, Held(part.box, memory))
 
     def run(self, workers: Workers) -> None:
-        """Read all of it.
+        """Read all that was collected.
 
         Raises:
             CheckpointCorruptError: a piece that is needed is damaged. Some tensors may have been written already.
@@ -71,7 +78,15 @@ class Loading:
         self._stored.read(self._wanted, workers)
         with torch.no_grad():
             for live, read in self._after:
-                live.copy_(read)
+                live.copy_(read, non_blocking=live.is_cuda)  # torch keeps pinned memory until the copy is done
+        self._devices |= {live.device for live, _ in self._after if live.is_cuda}
+        self._wanted, self._after, self.bounced_bytes = {}, [], 0
+
+    def finish(self, workers: Workers) -> None:
+        """Read the rest, and wait until GPUs have taken all."""
+        self.run(workers)
+        for device in self._devices:
+            torch.cuda.current_stream(device).synchronize()
 
     def _row(self, ref: TensorRef, memory: torch.Tensor) -> None:
         entry = self._stored.index(ref.blob).entry(ref.row)
@@ -130,7 +145,9 @@ def read_tensors(
         found[ref] = given[0]
         for tensor in given:
             loading.into(ref, tensor)
-    loading.run(workers)
+        if loading.bounced_bytes >= BOUNCE_BYTES:  # what a GPU takes now overlaps with what is read next
+            loading.run(workers)
+    loading.finish(workers)
     return found
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from milepost.engine.copy_jobs import Copying, Job
+from milepost.engine.batch import Batch, Staging
 from milepost.engine.lazy import can_wait
-from milepost.engine.staging import Arena, Watched, jobs_of
+from milepost.engine.staging import Arena
 
 _ALIGN_BYTES = 64
 
 
 def snapshot(
     state: Any, arena: Arena, threads: Executor, workers: int, lazy: Mapping[int, int] | None = None
-) -> tuple[Any, Copying | None]:
+) -> tuple[Any, Staging | None]:
     """A copy of `state` on the host; what shares memory goes on sharing it. Consumes no random numbers.
 
     Args:
@@ -37,19 +37,22 @@ def snapshot(
     made = walk.visit(state)
     memory = arena.lend(walk.size)
     address = ctypes.addressof(memory)
-    now: list[Job] = []
-    then: list[Job] = []
-    watched: list[Watched] = []
+    batch = Batch(arena.device)
     storages = []
     for part in walk.parts:
         data = torch.frombuffer(memory, dtype=torch.uint8, count=part.size, offset=part.offset)
         storages.append(data.untyped_storage())
-        (then if part.waits else now).extend(jobs_of(part, 0, part.size, address + part.offset))
+        whole = part.whole()
+        of_device = batch.device.takes(whole)
+        if of_device:
+            batch.by_device(whole, address + part.offset, part.waits)
+        else:
+            batch.by_host(part, 0, part.size, address + part.offset, part.waits)
         if part.waits:
-            watched.append((part.name, part.tensor, address + part.offset))
+            batch.watch(part.name, part.tensor, address + part.offset, of_device)
     for view in walk.views:
         view.place(storages[view.part])
-    return made, arena.copy(now, then, watched, threads, workers)
+    return made, arena.copy(batch, threads, workers)
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,15 @@ class _Part:
     offset: int
     waits: bool
 
+    def whole(self) -> torch.Tensor:
+        """All bytes of the storage, as a tensor."""
+        return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
     def copy(self, start: int, stop: int, address: int) -> None:
         if self.storage.device.type == "cpu":
             ctypes.memmove(address, self.storage.data_ptr() + start, stop - start)
             return
-        data = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
-        part = data[start:stop].cpu()
+        part = self.whole()[start:stop].cpu()
         ctypes.memmove(address, part.data_ptr(), stop - start)
 
 

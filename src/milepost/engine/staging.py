@@ -12,14 +12,11 @@ from typing import Any
 
 import torch
 
-from milepost.engine.copy_jobs import Copies, Copying, Job
-from milepost.engine.lazy import Watch
+from milepost.engine.batch import Batch, Staging
+from milepost.engine.device import Cuda, Device
 from milepost.engine.memory import Memory
 from milepost.engine.requests import BlobPlan, Image
 from milepost.format.layout import TensorEntry
-
-_WORTH_A_THREAD_BYTES = 1 << 20  # less is copied before another thread has woken up
-_SPLIT_BYTES = 8 << 20  # larger tensors are copied by several threads
 
 
 class Source:
@@ -115,14 +112,20 @@ def part_of(part: BlobPlan, whole: BlobPlan, image: Image) -> Image:
 
 
 class Arena:
-    """Host memory for one snapshot, kept and used again. One snapshot at a time: whoever stages waits for the last."""
+    """Host memory for one snapshot, kept and used again. One snapshot at a time: whoever stages waits for the last.
 
-    def __init__(self) -> None:
+    Args:
+        device: what copies the tensors that are not the host's; CUDA where it is None.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self.device = Cuda() if device is None else device
         self.memories = 0
         """How often memory was got."""
         self.copied_bytes = 0
         """Bytes that were copied into it, in all."""
         self._memory: Memory | None = None
+        self._pinned: Memory | None = None
         self._lent: Callable[[], Any] = _nobody
 
     @property
@@ -142,9 +145,9 @@ class Arena:
 
     def _reserved(self, needed: int) -> Memory:
         if self._lent() is not None:  # a plugin has kept what it was given: it shall have it
-            self._memory, self._lent = None, _nobody
+            self._memory, self._pinned, self._lent = None, None, _nobody
         if self._memory is None or self._memory.size < needed:
-            self._memory = None  # give back the old one first
+            self._memory = self._pinned = None  # give back the old one first
             self._memory = Memory(needed)
             self.memories += 1
         return self._memory
@@ -156,7 +159,7 @@ class Arena:
 
     def stage(
         self, plans: Sequence[BlobPlan], threads: Executor, workers: int, later: Sequence[set[int]] = ()
-    ) -> tuple[list[StagedImage], Copying | None]:
+    ) -> tuple[list[StagedImage], Staging | None]:
         """Copy everything but the rows in `later` (for each plan). When this returns, the other tensors may change.
 
         Returns:
@@ -164,71 +167,47 @@ class Arena:
         """
         memory = self._reserved(sum(_room(plan) for plan in plans))
         images: list[StagedImage] = []
-        now: list[Job] = []
-        then: list[Job] = []
-        watched: list[Watched] = []
+        batch = Batch(self.device)
         offset = 0
         for number, plan in enumerate(plans):
             image = StagedImage(plan, memory.bytes[offset : offset + _room(plan)], memory.address + offset)
-            rows = later[number] if later else set()
-            for start, stop, waits in _spans(plan, rows):
-                jobs = jobs_of(Source(plan), start, stop, image.address)
-                (then if waits else now).extend(jobs)
-            watched += [_watched(plan, row, image) for row in sorted(rows)]
+            _add_blob(batch, plan, image.address, later[number] if later else set())
             images.append(image)
             offset += _room(plan)
-        return images, self.copy(now, then, watched, threads, workers)
+        return images, self.copy(batch, threads, workers)
 
-    def copy(
-        self, now: Sequence[Job], then: Sequence[Job], watched: Sequence[Watched], threads: Executor, workers: int
-    ) -> Copying | None:
-        """Do the jobs of `now`, and begin those of `then`, which take the tensors in `watched`."""
-        at_once = sum(stop - start for _, start, stop, _ in now)
-        self.copied_bytes += at_once + sum(stop - start for _, start, stop, _ in then)
-        watch = Watch([(name, tensor) for name, tensor, _ in watched]) if watched else None
-        copying = Copying(now)
-        if at_once >= _WORTH_A_THREAD_BYTES:
-            copying.begin(threads, workers - 1)
-        copying.join()
-        if watch is None:
-            return None
-        rest = Copying(then, lambda: watch.violation([copy for _, _, copy in watched]))
-        rest.begin(threads, workers)
-        return rest
+    def copy(self, batch: Batch, threads: Executor, workers: int) -> Staging | None:
+        """Copy what `batch` has for now, and begin the rest."""
+        if batch.on_device and self._memory is not None and self._pinned is not self._memory:
+            self.device.pin(self._memory)
+            self._pinned = self._memory
+        self.copied_bytes += batch.bytes
+        return batch.run(threads, workers)
 
 
 def _nobody() -> None:
     return None
 
 
-Watched = tuple[str, torch.Tensor, int]
-"""The name of a tensor that is copied later, the tensor, and the address that it is copied to."""
-
-
 def _room(plan: BlobPlan) -> int:
     return -(-plan.layout.size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _spans(plan: BlobPlan, later: set[int]) -> list[tuple[int, int, bool]]:
-    """Ranges of the file whose tensors are copied now or later, neighbours of one kind together; the header now."""
-    spans = [(0, len(plan.layout.header), False)]
-    for row, entry in enumerate(plan.layout.entries):
-        start, stop, waits = spans[-1]
-        if (row in later) == waits:
-            spans[-1] = (start, entry.stop, waits)
-        else:
-            spans.append((stop, entry.stop, row in later))
-    return spans
-
-
-def jobs_of(source: Copies, start: int, stop: int, address: int) -> list[Job]:
-    """Jobs for a range of `source`. `address` is where its very beginning goes, or would."""
-    return [
-        (source, begin, min(begin + _SPLIT_BYTES, stop), address + begin) for begin in range(start, stop, _SPLIT_BYTES)
-    ]
-
-
-def _watched(plan: BlobPlan, row: int, image: StagedImage) -> Watched:
-    entry = plan.layout.entries[row]
-    name = f"{plan.group}.{entry.name}" if plan.group and not plan.group.endswith(".") else entry.name
-    return name, plan.tensors[row], image.address + entry.start
+def _add_blob(batch: Batch, plan: BlobPlan, address: int, later: set[int]) -> None:
+    """All of a blob: the device's tensors each, of the rest neighbours of one kind together, the header at once."""
+    source, takes = Source(plan), batch.device.takes
+    begin, end, waited = 0, len(plan.layout.header), False
+    for row, (entry, tensor) in enumerate(zip(plan.layout.entries, plan.tensors, strict=True)):
+        waits = row in later
+        of_device = takes(tensor) and entry.size > 0
+        if waits:
+            name = f"{plan.group}.{entry.name}" if plan.group and not plan.group.endswith(".") else entry.name
+            batch.watch(name, tensor, address + entry.start, of_device)
+        if of_device or waits != waited:
+            batch.by_host(source, begin, end, address, waited)
+            begin, waited = end, waits
+        if of_device:
+            batch.by_device(tensor, address + entry.start, waits)
+            begin = entry.stop
+        end = entry.stop
+    batch.by_host(source, begin, end, address, waited)

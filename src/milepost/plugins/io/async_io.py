@@ -156,14 +156,14 @@ class AsyncCheckpointIO(CheckpointIO):
         lazy = changed_by_steps(optimizers) if self._lazy else None
         frozen, copying = snapshot(checkpoint, arena, self._threads(), _THREADS, lazy)
         if copying is not None:
-            self._gate.hold_until(copying.future)
+            self._gate.hold_until(copying)
         given = [frozen]  # taken out where it is written, so that it is gone when that has ended
 
         def work() -> None:
             try:
                 _wait_for(before)
                 if copying is not None:
-                    copying.future.result()
+                    copying.result()
                 io_calls.save(self.checkpoint_io, given.pop(), path, storage_options).result()
             finally:
                 given.clear()
