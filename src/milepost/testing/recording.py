@@ -151,8 +151,12 @@ class RecordingStore:
     def rename(self, source: str, target: str) -> None:
         with self._lock:
             self._store.rename(source, target)
-            moved: dict[str, Inode | None] = {source: None, target: self._inode(source)}
-            self._enter(f"rename {self._short(source)} {self._short(target)}", moved)
+            told, inode = f"rename {self._short(source)} {self._short(target)}", self._inode(source)
+            if Path(source).parent == Path(target).parent:
+                self._enter(told, {source: None, target: inode})
+            else:  # two directories, each of which becomes durable by itself
+                self._enter(f"{told}: it comes", {target: inode})
+                self._enter(f"{told}: it goes", {source: None})
 
     def exchange(self, one: str, other: str) -> None:
         with self._lock:
