@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-transformers demo lint clean
+.PHONY: test test-transformers test-xla demo lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -26,6 +26,17 @@ $(VENV)/.transformers: $(STAMP)
 test-transformers: $(VENV)/.transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_transformers.py
 
+# torch_xla runs with the torch of its own version only, the oldest that Milepost takes. 7 GB.
+.venv-xla/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-xla
+	grep -v '^torch==' constraints.txt > .venv-xla/constraints.txt
+	.venv-xla/bin/python -m pip install --quiet torch==2.9.0 torch_xla==2.9.0 -c .venv-xla/constraints.txt
+	.venv-xla/bin/python -m pip install --quiet torch==2.9.0 -e '.[dev]' -c .venv-xla/constraints.txt
+	touch $@
+
+test-xla: .venv-xla/.installed
+	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest tests/xla --timeout=600
+
 demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits/demo.py --out demo-out
 
@@ -35,4 +46,4 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-xla demo-out

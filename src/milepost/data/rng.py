@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +27,13 @@ _MAX_SEED = 2**32 - 1  # NumPy's global generator takes no larger one
 
 @dataclass(frozen=True)
 class RngState:
-    """Python's ``random``, NumPy's global generator, torch's on the CPU and, once CUDA is in use, on its devices."""
+    """Python's ``random``, NumPy's global generator, torch's on the CPU and, once in use, on CUDA and XLA devices."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
     torch: Tensor
     cuda: dict[int, Tensor]
+    xla: int | None = None
 
     @classmethod
     def capture(cls) -> RngState:
@@ -39,7 +41,9 @@ class RngState:
         cuda = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             cuda = {index: torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
-        return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), cuda)
+        xla = _xla_in_use()
+        seed = None if xla is None else int(xla.get_rng_state())
+        return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), cuda, seed)
 
     def restore(self) -> None:
         """Make this the state of the process. Devices that this machine lacks are left out."""
@@ -50,6 +54,8 @@ class RngState:
             for index, state in self.cuda.items():
                 if index < torch.cuda.device_count():
                     torch.cuda.set_rng_state(state, index)
+        if self.xla is not None and (xla := _xla_in_use()) is not None:
+            xla.set_rng_state(self.xla)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
@@ -66,6 +72,7 @@ class RngState:
             },
             "torch": self.torch,
             "cuda": {str(index): state for index, state in self.cuda.items()},
+            **({} if self.xla is None else {"xla": self.xla}),
         }
 
     @classmethod
@@ -78,6 +85,7 @@ class RngState:
             (numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]),
             state["torch"].cpu(),
             {int(index): device.cpu() for index, device in state["cuda"].items()},
+            state.get("xla"),
         )
 
 
@@ -129,6 +137,8 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if (xla := _xla_in_use()) is not None:
+        xla.set_rng_state(seed)
     return seed
 
 
@@ -214,6 +224,14 @@ def _numpy_state() -> tuple[Any, ...]:
     state = np.random.get_state(legacy=True)
     assert isinstance(state, tuple)
     return state
+
+
+def _xla_in_use() -> Any:
+    """torch_xla's module with the random state of its device, once that device has been used; else None."""
+    torch_xla = sys.modules.get("torch_xla")
+    if torch_xla is None or not torch_xla._XLAC._xla_runtime_is_initialized():
+        return None
+    return sys.modules.get("torch_xla.core.xla_model")
 
 
 def _cpu_state() -> tuple[Any, ...]:

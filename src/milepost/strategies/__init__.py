@@ -7,6 +7,8 @@ _NAMES = {
     "DDPStrategy": "milepost.strategies.ddp",
     "ParallelStrategy": "milepost.strategies.parallel",
     "SingleDeviceStrategy": "milepost.strategies.single_device",
+    "SingleDeviceXLAStrategy": "milepost.strategies.xla",
+    "XLAStrategy": "milepost.strategies.xla",
 }
 __all__ = sorted(_NAMES)
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

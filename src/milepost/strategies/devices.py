@@ -37,7 +37,7 @@ def place(accelerator: str, devices: Any, num_nodes: int) -> Placement:
     """
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):
         raise MisconfigurationException(
-            f"Trainer(accelerator={accelerator!r}) is not supported: use 'auto', 'cpu' or 'gpu'."
+            f"Trainer(accelerator={accelerator!r}) is not supported: use 'auto', 'cpu', 'gpu' or 'tpu'."
         )
     if not isinstance(num_nodes, int) or num_nodes < 1:
         raise MisconfigurationException(f"num_nodes={num_nodes!r}: give the number of machines, 1 or more.")

@@ -10,6 +10,7 @@ from milepost.strategies.ddp import DDPStrategy
 from milepost.strategies.devices import place
 from milepost.strategies.single_device import SingleDeviceStrategy
 from milepost.strategies.strategy import Strategy
+from milepost.strategies.xla import ACCELERATORS, XLA_NAMES, xla_strategy
 
 _NAMES: dict[str, Callable[[], Strategy]] = {
     "ddp": DDPStrategy,
@@ -37,6 +38,10 @@ def strategy_of(given: str | Strategy, accelerator: str, devices: Any, num_nodes
         return given
     if given in _REMEDIES:
         raise MisconfigurationException(f"Trainer(strategy={given!r}) is not supported: {_REMEDIES[given]}.")
+    if accelerator in ACCELERATORS or given in XLA_NAMES:
+        strategy = xla_strategy(given, devices)
+        strategy.place(accelerator, devices, num_nodes)
+        return strategy
     placement = place(accelerator, devices, num_nodes)
     several = placement.ranks > 1
     if given == "single_device" or (given == "auto" and not several):
@@ -47,7 +52,7 @@ def strategy_of(given: str | Strategy, accelerator: str, devices: Any, num_nodes
         return SingleDeviceStrategy(placement.devices[0])
     build = _NAMES.get("ddp" if given == "auto" else given)
     if build is None:
-        known = ", ".join(map(repr, ["auto", "single_device", *_NAMES]))
+        known = ", ".join(map(repr, ["auto", "single_device", *_NAMES, *XLA_NAMES]))
         raise MisconfigurationException(
             f"Trainer(strategy={given!r}) is not supported: use one of {known}, or a Strategy object."
         )

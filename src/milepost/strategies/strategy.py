@@ -49,7 +49,7 @@ class Strategy:
     def checkpoint_io(self) -> Any:
         """How checkpoints are stored."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = TorchCheckpointIO()
+            self._checkpoint_io = self.default_checkpoint_io()
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -60,6 +60,10 @@ class Strategy:
                 " remove_checkpoint."
             )
         self._checkpoint_io = io
+
+    def default_checkpoint_io(self) -> Any:
+        """The one that is made where none was given."""
+        return TorchCheckpointIO()
 
     @property
     def has_own_checkpoint_io(self) -> bool:
