@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.utils.data import DataLoader, TensorDataset
 
-from milepost import Checkpointer
+from milepost import Checkpointer, LightningModule, Trainer
 from milepost.cli.main import main
 from milepost.engine.directory import DirectoryEngine
 from milepost.errors import CheckpointCorruptError, CheckpointError, CheckpointFormatError, UnsafeCheckpointError
@@ -28,6 +29,7 @@ from milepost.format.distcp_files import DistcpFiles
 from milepost.integrations.dcp import load_distcp
 from milepost.plugins import TorchCheckpointIO
 
+SHARDED = Path(__file__).parents[1] / "compat/sharded_lightning"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
 
@@ -209,6 +211,46 @@ def test_lightnings_sharded_checkpoint_becomes_a_ckpt(
     assert {(row["form"], row["step"]) for row in json.loads(capsys.readouterr().out)} == {("ckpt", 17), ("dcp", 17)}
     assert main(["show", str(tmp_path / "sharded.ckpt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 17
+
+
+class OfLightning(LightningModule):
+    """What `write_sharded_file.py` has trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        found: torch.Tensor = self.l(batch[0]).sum()
+        return found
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+def test_what_lightning_itself_has_sharded_is_resumed_once_it_is_converted(tmp_path: Path) -> None:
+    assert main(["convert", str(SHARDED), str(tmp_path / "whole.ckpt")]) == 0
+    state = TorchCheckpointIO().load_checkpoint(tmp_path / "whole.ckpt")
+    weight = torch.tensor([[0.0133, -0.1017, 0.3105, 0.0050], [-0.0685, 0.2193, -0.1641, -0.4467]])
+    torch.testing.assert_close(state["state_dict"]["l.weight"], weight, rtol=0, atol=1e-4)
+    assert (state["global_step"], state["hyper_parameters"]) == (3, {"lr": 0.1})
+    module = OfLightning()
+    trainer = Trainer(
+        max_steps=5, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    data = DataLoader(TensorDataset(torch.ones(16, 4)), batch_size=2)
+    trainer.fit(module, data, ckpt_path=tmp_path / "whole.ckpt")
+    assert trainer.global_step == 5
+    assert float(trainer.optimizers[0].state[module.l.weight]["step"]) == 5
+    expected = OfLightning()
+    optimizer = expected.configure_optimizers()
+    expected.load_state_dict(state["state_dict"])
+    optimizer.load_state_dict(state["optimizer_states"][0])
+    for _ in range(2):
+        expected.l(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(module.l.weight, expected.l.weight)
 
 
 def test_a_plain_loop_goes_on_from_a_converted_one(saved: Path) -> None:
