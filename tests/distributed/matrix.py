@@ -25,9 +25,17 @@ from milepost import _distributed
 from milepost.engine.reader import StoredCheckpoint
 from milepost.format.layout import PIECE_BYTES, pieces_of
 
-SAVERS = {"single": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "fsdp2 tp2": 4, "page: fsdp2 tp2": 4}
+SAVERS = {"single": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "fsdp2 tp2": 4, "hybrid": 4, "page: fsdp2 tp2": 4}
 """Layouts, and how many ranks save them; the last one by the writer that was made from the format page."""
-LOADERS = {"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp3": 3, "fsdp4": 4, "fsdp2 tp2": 4}
+LOADERS = {"single": 1, "ddp2": 2, "fsdp1": 1, "fsdp3": 3, "fsdp4": 4, "fsdp2 tp2": 4, "hybrid": 4}
+FEW = {"hybrid", "page: fsdp2 tp2"}
+PAIRS = [
+    (saver, loader)
+    for saver in SAVERS
+    for loader in LOADERS
+    if not {saver, loader} & FEW or loader == "fsdp3" or (saver, loader) == ("fsdp2 tp2", "hybrid")
+]
+"""All of the first five with all of the first six, and a few more."""
 VOCABULARY, WIDTH = 3001, 96  # the embedding alone is more than a piece; 3001 rows divide by nothing
 
 
@@ -76,6 +84,8 @@ class Run:
                 plan: Any = {"up": ColwiseParallel(), "down": RowwiseParallel()}
                 parallelize_module(block, mesh["tensor"], plan)
             self._shard(mesh["data"])
+        elif layout == "hybrid":
+            self._shard(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
         elif layout.startswith("fsdp"):
             self._shard(init_device_mesh("cpu", (dist.get_world_size(),)))
         elif layout.startswith("ddp"):

@@ -16,6 +16,8 @@ import shard_writer
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from milepost import _distributed
 from milepost._distributed import OfAllRanks, PerRank
@@ -62,7 +64,7 @@ def save(folder: Path, saver: str) -> None:
 def load(folder: Path, layout: str) -> None:
     """All savers' checkpoints, one after the other. What was found is written down for the tests."""
     engine, found = DirectoryEngine(), {}
-    for saver in matrix.SAVERS:
+    for saver in (saver for saver, loader in matrix.PAIRS if loader == layout):
         run = matrix.Run(layout, seed=5)
         state = {**run.state, "own": None}
         with engine.open(path_of(folder, saver)) as stored:
@@ -83,6 +85,32 @@ def load(folder: Path, layout: str) -> None:
         }
     (folder / f"loaded {layout} {_distributed.rank()}.json").write_text(json.dumps(found))
     engine.close()
+
+
+def narrow(folder: Path, layout: str) -> None:
+    """Moments of another type than their parameters; the optimizer that takes them has made no step."""
+    net, optimizer = narrow_model()
+    for parameter in net.parameters():
+        local = torch.rand(parameter.to_local().shape)
+        size = {"shape": parameter.shape, "stride": parameter.stride()}
+        moment = DTensor.from_local(local, parameter.device_mesh, parameter.placements, **size)
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": moment}
+    fresh, other = narrow_model()
+    with Checkpointer(folder / "narrow") as checkpointer:
+        checkpointer.save(1, {"model": net, "optimizer": optimizer}, wait=True)
+        checkpointer.restore({"model": fresh, "optimizer": other})
+    for one, two in zip(net.parameters(), fresh.parameters(), strict=True):
+        saved, found = optimizer.state[one]["exp_avg"], other.state[two]["exp_avg"]
+        assert found.dtype == torch.float32 and two.dtype == torch.bfloat16
+        assert found.placements == two.placements and found.shape == two.shape
+        assert torch.equal(found.to_local(), saved.to_local()) and torch.equal(one.to_local(), two.to_local())
+        assert type(other.state[two]["step"]) is torch.Tensor and other.state[two]["step"] == 3
+
+
+def narrow_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    net = torch.nn.Linear(33, 6).to(torch.bfloat16)
+    fully_shard(net)
+    return net, torch.optim.AdamW(net.parameters())
 
 
 def agree(folder: Path, layout: str) -> None:
@@ -141,6 +169,7 @@ PHASES = [
     *((f"save: {name}", size, save) for name, size in matrix.SAVERS.items()),
     *((f"load: {name}", size, load) for name, size in matrix.LOADERS.items()),
     ("agree: fsdp4", 4, agree),
+    ("moments: narrow", 4, narrow),
 ]
 
 
@@ -156,8 +185,7 @@ def results(folder: Path, loader: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield rank, json.loads((folder / f"loaded {loader} {rank}.json").read_text())
 
 
-@pytest.mark.parametrize("loader", matrix.LOADERS)
-@pytest.mark.parametrize("saver", matrix.SAVERS)
+@pytest.mark.parametrize(("saver", "loader"), matrix.PAIRS)
 def test_any_layout_is_loaded_by_any_layout(folder: Path, saver: str, loader: str) -> None:
     for _, by_saver in results(folder, loader):
         result = by_saver[saver]

@@ -9,7 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from milepost.engine.locating import Located, Ref
-from milepost.engine.shards import is_sharded, new_beside
+from milepost.engine.shards import new_beside
+from milepost.engine.spread import is_dtensor
 from milepost.format.codec import PartsRef, TensorRef
 
 
@@ -72,7 +73,7 @@ def new_shards(
     parameters = _by_number(optimizer, tree)
     for number, item in tree["state"].items():
         parameter = parameters.get(number)
-        if parameter is None or not is_sharded(parameter) or not isinstance(item, dict):
+        if parameter is None or not is_dtensor(parameter) or not isinstance(item, dict):
             continue
         for ref in item.values():
             if isinstance(ref, (TensorRef, PartsRef)) and ref not in known:

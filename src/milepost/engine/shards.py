@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from milepost.engine.spread import is_dtensor, local_tensor
 from milepost.errors import ResumeError
 from milepost.format.boxes import Box
 from milepost.format.regions import Span, chunk, grid, strided_chunk
@@ -21,25 +21,19 @@ class Held(NamedTuple):
     memory: torch.Tensor
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor. Nothing is imported to find that out."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def held(tensor: torch.Tensor) -> list[Held]:
     """The parts that this rank holds. Empty where it holds nothing, as the last ranks of an uneven sharding do.
 
     Raises:
         ResumeError: a DTensor's local tensor is not what its placements say, or it is a sum that was not yet made.
     """
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return [Held(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
     sharded: Any = tensor
     coordinate = sharded.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    local = sharded._local_tensor.detach()
+    local = local_tensor(sharded).detach()
     spans = local_spans(tuple(sharded.shape), tuple(sharded.device_mesh.shape), sharded.placements, coordinate)
     sizes = tuple(sum(stop - start for start, stop in each) for each in spans)
     if sizes != tuple(local.shape):
@@ -106,7 +100,7 @@ def new_beside(pattern: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(pattern, DTensor)
-    local = torch.empty_like(pattern._local_tensor.detach(), dtype=dtype)
+    local = torch.empty_like(local_tensor(pattern).detach(), dtype=dtype)
     return DTensor.from_local(
         local, pattern.device_mesh, pattern.placements, run_check=False, shape=pattern.shape, stride=pattern.stride()
     )
