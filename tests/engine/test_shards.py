@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -24,6 +24,7 @@ def indices(spans: list[tuple[int, int]]) -> list[int]:
     return [n for start, stop in spans for n in range(start, stop)]
 
 
+@settings(max_examples=100, deadline=None, database=None)
 @given(st.integers(0, 50), st.integers(1, 5), st.integers(1, 4), st.data())
 def test_fsdp_cuts_what_tensor_parallelism_has_cut(size: int, data_ranks: int, tensor_ranks: int, draw: Any) -> None:
     """Also where the parts are not equally large, which reading the placements from left to right gets wrong."""
@@ -34,6 +35,7 @@ def test_fsdp_cuts_what_tensor_parallelism_has_cut(size: int, data_ranks: int, t
     assert indices(found) == expected.tolist()
 
 
+@settings(max_examples=100, deadline=None, database=None)
 @given(st.integers(0, 40), st.integers(0, 3), st.integers(0, 1))
 def test_hybrid_sharding_and_a_second_dimension(size: int, shard: int, column: int) -> None:
     found = local_spans((size, 6), (2, 4, 2), [Replicate(), Shard(0), Shard(1)], (1, shard, column))

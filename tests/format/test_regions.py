@@ -37,7 +37,7 @@ def copied(found: Region, source: bytes, target: bytearray, at: int = 0) -> None
         target[target_at : target_at + found.run] = source[source_at : source_at + found.run]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.data())
 def test_a_region_copies_a_box_into_memory_of_any_strides(data: Any) -> None:
     shape = data.draw(SIZES)
@@ -78,6 +78,7 @@ def test_whole_rows_are_one_run_and_columns_are_two_dimensional() -> None:
     assert regions.region((), (), (), 8, ()) == Region(0, 8, 8)
 
 
+@settings(deadline=None, database=None)
 @given(st.integers(0, 40), st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), max_size=3), st.data())
 def test_shards_are_those_that_torch_cuts(size: int, splits: list[tuple[int, int]], data: Any) -> None:
     values, spans = torch.arange(size), [(0, size)] if size else []
