@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -46,10 +47,11 @@ class Scenario(NamedTuple):
     rank: int
     point: str
     what: str
+    hosts: bool = False  # whether the store lives in rank 0, as without torchrun
 
     @property
     def name(self) -> str:
-        return f"{self.rank}-{self.point}-{self.what}"
+        return f"{self.rank}-{self.point}-{self.what}{'-hosting' if self.hosts else ''}"
 
 
 ALL = [
@@ -58,13 +60,14 @@ ALL = [
     for point in points
     for what in ("kill", "stop", "full")
     if (point, what) != ("come", "full")
-]
+] + [Scenario(0, point, what, hosts=True) for point in ("head", "rename") for what in ("kill", "stop")]
 
 
 def strike(what: str) -> None:
     if what == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+    # to this thread: one to the process may be taken up by another thread a little later
+    signal.pthread_kill(threading.get_ident(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
 
 
 class Striking(LocalStore):
@@ -128,7 +131,13 @@ class Coming:
 
 
 def one_rank(rank: int, port: int, folder: Path, scenario: Scenario) -> dict[str, Any]:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    if scenario.hosts and rank == 0:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        folder.with_suffix(".port").write_text(str(store.port))
+    else:
+        while scenario.hosts and not (port := _port(folder)):
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     dist.barrier()
     group = dist.distributed_c10d._get_default_group()
@@ -150,6 +159,11 @@ def one_rank(rank: int, port: int, folder: Path, scenario: Scenario) -> dict[str
     end["collectives"] = group._get_sequence_number_for_group() - collectives
     end["seconds"] = time.monotonic() - begun
     return end
+
+
+def _port(folder: Path) -> int:
+    path = folder.with_suffix(".port")
+    return int(path.read_text() or 0) if path.exists() else 0
 
 
 def forked(act: Callable[[], Any], result: Path) -> int:
@@ -183,12 +197,11 @@ def ended(child: int, until: float) -> str:
 def run(folder: Path, scenario: Scenario) -> dict[str, Any]:
     """One scenario, to its end: the one that was stopped goes on once the other one has ended."""
     torch.set_num_threads(1)
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = None if scenario.hosts else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = 0 if server is None else server.port
     folder.mkdir()
     results = [folder.with_name(f"{folder.name}.{rank}.json") for rank in range(2)]
-    children = [
-        forked(lambda rank=rank: one_rank(rank, server.port, folder, scenario), results[rank]) for rank in range(2)
-    ]
+    children = [forked(lambda rank=rank: one_rank(rank, port, folder, scenario), results[rank]) for rank in range(2)]
     until = time.monotonic() + LIMIT_SECONDS
     ends = {rank: ended(children[rank], until) for rank in (1 - scenario.rank, scenario.rank)}
     if ends[scenario.rank] == "stop":
@@ -221,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rank-point-what; all where left out")
     given = parser.parse_args()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="milepost-"))
+    folder.mkdir(parents=True, exist_ok=True)
     scenarios = [s for s in ALL if given.only is None or s.name in given.only]
     found = run_all(folder, scenarios)
     (folder / "found.json").write_text(json.dumps(found))

@@ -17,7 +17,7 @@ from milepost.engine.rank_plan import difference
 from milepost.engine.requests import BlobPlan, Image
 from milepost.engine.save import Committed, Saving, Written, new_head
 from milepost.engine.state import Flattened
-from milepost.engine.votes import Begin, Meeting, Outcome, Vote
+from milepost.engine.votes import Begin, Meeting, Outcome, RankFailure, Vote
 from milepost.engine.writer import Workers
 from milepost.format import codec, manifest
 from milepost.format.manifest import Blob, Head
@@ -189,6 +189,8 @@ class RankSaving:
     def _other(self, target: str, step: int) -> Head:
         try:
             return self._share(target, step)
+        except RankFailure:
+            raise
         except Exception:
             self._meeting.check()  # where rank 0 has given up, what is missing here now is no cause
             raise

@@ -29,6 +29,7 @@ _T = TypeVar("_T")
 _FIRST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.1
 _PULSE_SECONDS = 0.5
+_MAYBE = "rank 0 may have committed: see whether the checkpoint is there"
 
 
 class RankFailure(Exception):
@@ -256,6 +257,8 @@ class Meeting:
             if self._add("claim", 1) == 1:
                 raise
             self._wait_for_commit(failure)
+        except Exception as error:  # the store is gone, or does not answer: with rank 0's process, if that holds it
+            raise RankFailure(self.ranks.rank, f"{_said(error)}; {_MAYBE}") from error
         self._leave()
 
     def _wait_for_commit(self, failure: RankFailure) -> None:
@@ -265,9 +268,7 @@ class Meeting:
         except RankFailure as second:
             if second.cause != failure.cause:
                 raise
-            raise RankFailure(
-                0, f"{second.cause}; it may have committed: see whether the checkpoint is there"
-            ) from None
+            raise RankFailure(0, f"{second.cause}; {_MAYBE}") from None
 
     def check(self) -> None:
         """Raise RankFailure if the save has failed already on another rank."""
