@@ -19,7 +19,11 @@ Watched = tuple[str, torch.Tensor, int]
 
 
 class Batch:
-    """Collects copies, and makes them."""
+    """Collects copies, and makes them.
+
+    Args:
+        device: what copies the tensors that it takes.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -50,8 +54,8 @@ class Batch:
         """Find out whether somebody writes to a tensor that waits."""
         self._watched[of_device].append((name, tensor, address))
 
-    def run(self, threads: Executor, workers: int) -> Staging | None:
-        """Copy what does not wait, and begin the rest. None where there is none."""
+    def run(self, memory: object, threads: Executor, workers: int) -> Staging | None:
+        """Copy what does not wait, and begin the rest, which keeps `memory`. None where there is none."""
         now, then = self._jobs[False], self._jobs[True]
         watches = {of_device: _watch(watched) for of_device, watched in self._watched.items()}
         first = self.device.begin(self._transfers[False]) if self._transfers[False] else None
@@ -65,7 +69,7 @@ class Batch:
             return None
         fence = self.device.begin(self._transfers[True]) if self._transfers[True] else None
         places = {of_device: [place for _, _, place in watched] for of_device, watched in self._watched.items()}
-        rest = Copying(then, lambda: watches[False].violation(places[False]))
+        rest = Copying(then, lambda: watches[False].violation(places[False]), memory)
         rest.begin(threads, workers)
         if not then:
             rest.join()

@@ -25,9 +25,13 @@ class Copying:
 
     Args:
         check: called by the thread that ends last; what it returns is what the copying failed with.
+        memory: what is copied to; it is kept until the end.
     """
 
-    def __init__(self, jobs: Sequence[Job], check: Callable[[], Exception | None] | None = None) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], check: Callable[[], Exception | None] | None = None, memory: object = None
+    ) -> None:
+        self._memory = memory
         self.future: Future[None] = Future()
         self._jobs = deque(jobs)
         self._check = check
@@ -42,9 +46,18 @@ class Copying:
             threads.submit(self._work)
 
     def join(self) -> None:
-        """Copy with them, and wait for the end. Raises what the copying failed with."""
-        self._work()
-        self.future.result()
+        """Copy with them, and wait for the end: when this returns or raises, nobody copies any more.
+
+        Raises:
+            BaseException: what the copying failed with, or interrupted it.
+        """
+        try:
+            self._work()
+            self.future.result()
+        except BaseException:
+            self._jobs.clear()
+            self.future.exception()
+            raise
 
     def _work(self) -> None:
         with self._lock:  # a thread that comes when all is done is not waited for
@@ -69,6 +82,7 @@ class Copying:
 
     def _end(self) -> None:
         check, self._check = self._check, None  # it holds tensors
+        self._memory = None
         error = self._error
         if error is None and check is not None:
             try:

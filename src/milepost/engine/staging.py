@@ -127,6 +127,7 @@ class Arena:
         self._memory: Memory | None = None
         self._pinned: Memory | None = None
         self._lent: Callable[[], Any] = _nobody
+        self._rest: Staging | None = None
 
     @property
     def size(self) -> int:
@@ -144,6 +145,9 @@ class Arena:
         return lent
 
     def _reserved(self, needed: int) -> Memory:
+        if self._rest is not None:  # of a save that was interrupted: nobody else has waited for it
+            self._rest.exception()
+            self._rest = None
         if self._lent() is not None:  # a plugin has kept what it was given: it shall have it
             self._memory, self._pinned, self._lent = None, None, _nobody
         if self._memory is None or self._memory.size < needed:
@@ -182,7 +186,8 @@ class Arena:
             self.device.pin(self._memory)
             self._pinned = self._memory
         self.copied_bytes += batch.bytes
-        return batch.run(threads, workers)
+        self._rest = batch.run(self._memory, threads, workers)
+        return self._rest
 
 
 def _nobody() -> None:

@@ -7,8 +7,7 @@ hook that is not Milepost's own code, and before Milepost itself writes to weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from milepost.callbacks.checkpoint import Checkpoint
@@ -26,23 +25,18 @@ class LateCopies:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._by_checkpointer = False
+        self.caller: tuple[Any, str] | None = None
+        """The checkpointer whose hook runs, and the hook's name."""
         self.pending = False
 
-    @contextmanager
-    def saving(self, owner: Any, function: Any) -> Iterator[None]:
-        """Around a hook of a checkpointer: what Milepost's own save may be copied late, nobody else's."""
-        before, self._by_checkpointer = self._by_checkpointer, isinstance(owner, Checkpoint) and is_ours(function)
-        try:
-            yield
-        finally:
-            self._by_checkpointer = before
-
     def optimizers(self) -> Sequence[Any]:
-        """Those to be named to the plugin for a save at this moment."""
+        """Those to be named to the plugin for a save now: none, but for saves of Milepost's checkpointers."""
         trainer = self._trainer
-        in_the_loop = self._by_checkpointer and trainer.state.fn == "fit"
-        if not in_the_loop or not io_calls.copies_later(trainer.strategy.checkpoint_io):
+        if self.caller is None or trainer.state.fn != "fit":
+            return ()
+        callback, hook = self.caller
+        known = isinstance(callback, Checkpoint) and is_ours(getattr(callback, hook))
+        if not known or not io_calls.copies_later(trainer.strategy.checkpoint_io):
             return ()
         self.pending = True
         return trainer.optimizers

@@ -330,9 +330,12 @@ class Trainer(TrainerSurface):
                 if callback not in late:
                     self._call_one(callback, hook, self, module, *args)
             result = self._call_one(module, hook, *args)
-            for callback in late:
-                with self.late_copies.saving(callback, getattr(callback, hook, None)):
+            try:
+                for callback in late:
+                    self.late_copies.caller = (callback, hook)
                     self._call_one(callback, hook, self, module, *args)
+            finally:
+                self.late_copies.caller = None
         return result
 
     def _call_one(self, owner: Any, hook: str, *args: Any) -> Any:
