@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import milepost
 from milepost.callbacks import Callback, ModelCheckpoint
 
-SAMPLES = 22
+SAMPLES = 24
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -91,7 +91,8 @@ def digest(trainer: Any, net: Any) -> str:
     hashed = hashlib.sha256()
     moments = (value for state in trainer.optimizers[0].state.values() for value in state.values())
     for tensor in [*net.state_dict().values(), *moments, torch.get_rng_state()]:
-        hashed.update(tensor.detach().cpu().numpy().tobytes())
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        hashed.update(whole.detach().cpu().numpy().tobytes())
     return hashed.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from runs import QUIET, SAMPLES, Points, SaveAt, digest, fit, loaders, net_of
 import milepost
 from milepost.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from milepost.errors import MisconfigurationException
+from milepost.plugins import SnapshotCheckpointIO, TorchCheckpointIO
 from milepost.strategies import DDPStrategy
 from milepost.testing import run_ranks
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(400)  # several processes, each of which imports torch
 
 
 class Still(Points):
@@ -93,6 +96,12 @@ def resumed(folder: Path) -> dict[str, Any]:
     for batch in (2, 3, 4, 7):
         trainer, net = fit(folder, seed=90, ckpt_path=folder / f"batch{batch}.ckpt")
         results[f"batch{batch}"] = [net.losses, digest(trainer, net)]
+    io = {"plugins": SnapshotCheckpointIO()}
+    fit(folder, SaveAt(folder / "snapshots", [3]), **io)
+    trainer, net = fit(folder, seed=90, ckpt_path=folder / "snapshots" / "batch3.ckpt", **io)
+    results["snapshot"] = [net.losses, digest(trainer, net)]
+    _, net = fit(folder, max_epochs=1, ckpt_path=folder / "alone" / "batch3.ckpt")
+    results["grown"] = net.samples
     return results
 
 
@@ -154,9 +163,22 @@ def all_on_one_rank(folder: Path) -> dict[str, Any]:
     return results
 
 
+def alone(folder: Path, *callbacks: Callback, **options: Any) -> list[int]:
+    """The samples that one epoch reads on a single rank."""
+    return list(fit(folder, *callbacks, devices=1, strategy="auto", max_epochs=1, **options)[1].samples)
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(all_on_one_rank, 2, tmp_path_factory.mktemp("ranks"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    seen = alone(folder, SaveAt(folder / "alone", [3]))
+    (folder / "alone" / "seen.txt").write_text(str(seen[:9]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(all_on_one_rank, 2, folder)
 
 
 def test_trains_as_lightnings_ddp_does(ranks: list[dict[str, Any]]) -> None:
@@ -180,6 +202,30 @@ def test_goes_on_bit_for_bit(ranks: list[dict[str, Any]], batch: int) -> None:
     for rank in ranks:
         losses, end = rank["resumed"]["whole"]
         assert rank["resumed"][f"batch{batch}"] == [losses[batch:], end]
+
+
+def test_goes_on_bit_for_bit_from_what_every_rank_has_written(ranks: list[dict[str, Any]], folder: Path) -> None:
+    for rank in ranks:
+        losses, end = rank["resumed"]["whole"]
+        assert rank["resumed"]["snapshot"] == [losses[3:], end]
+    assert {path.name for path in (folder / "snapshots" / "batch3.ckpt").iterdir()} > {"tree-r00001.json"}
+
+
+@pytest.mark.parametrize(("file", "io"), [("", TorchCheckpointIO), ("snapshots", SnapshotCheckpointIO)])
+def test_fewer_ranks_read_what_is_left(ranks: list[dict[str, Any]], folder: Path, file: str, io: Any) -> None:
+    """Saved inside accumulation, after three batches of three of each rank."""
+    left = alone(folder, ckpt_path=folder / file / "batch3.ckpt", plugins=io())
+    assert sorted(left + [sample for rank in ranks for sample in rank["resumed"]["samples"][:9]]) == list(
+        range(SAMPLES)
+    )
+
+
+def test_more_ranks_read_what_is_left(ranks: list[dict[str, Any]], folder: Path) -> None:
+    seen = json.loads((folder / "alone" / "seen.txt").read_text())
+    left = [sample for rank in ranks for sample in rank["resumed"]["grown"]]
+    extra = len(seen) + len(left) - SAMPLES
+    assert extra == 1  # fifteen are left: one is padding
+    assert set(seen + left) == set(range(SAMPLES)) and not set(seen) & set(left[:-1])
 
 
 def test_rank_zero_alone_is_asked_to_save_and_to_delete(ranks: list[dict[str, Any]]) -> None:

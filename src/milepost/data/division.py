@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 from torch.utils.data import SequentialSampler as InOrder
 
-from milepost.errors import MisconfigurationException
+from milepost.errors import MisconfigurationException, ResumeError
 
 Uneven = Literal["pad", "drop", "keep"]
 
@@ -101,6 +101,32 @@ class Division:
         """The division of this rank that goes on where `state` stands."""
         names = ("consumed", "before", "seed", "shuffle")
         return replace(self, **{name: state[name] for name in names})
+
+
+def resharded(position: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The `position` of a stream, as one of `ranks` ranks saved it, for another number of them to go on from.
+
+    What they had been given together is left out of the order, and the rest of it is divided among the new ones.
+
+    Raises:
+        ResumeError: a loader whose samples were divided by somebody else, so that nobody knows what was read.
+    """
+    return {**position, "loaders": [_resharded(state, ranks) for state in position["loaders"]]}
+
+
+def _resharded(state: dict[str, Any], ranks: int) -> dict[str, Any]:
+    seen, division = state["batches_seen"], state.get("division")
+    if division is None and ranks == 1 and "state" not in state:  # one rank reads its loader as it is
+        size = state.get("batch_size")
+        division = {"consumed": 0, "before": 0, "batch_size": size, "seed": 0, "shuffle": None}
+    if division is None or division["batch_size"] is None:
+        raise ResumeError(
+            "The checkpoint was written inside an epoch by another number of ranks, and the samples were divided among"
+            " them by the program, or put into batches of no fixed size: which of them were read is not known. Go on"
+            " from a checkpoint written at the end of an epoch, or with as many ranks."
+        )
+    consumed = division["consumed"] + (seen - division["before"]) * division["batch_size"] * ranks
+    return {**state, "division": {**division, "consumed": consumed, "before": seen, "ranks": ranks}}
 
 
 def division_of(item: Any, rank: int, ranks: int, *, seed: int, keep: bool) -> Division | None:

@@ -154,7 +154,7 @@ class TrackedLoader:
     def _division_from(self, loaded: dict[str, Any] | None) -> Division | None:
         """The division of this epoch: that of a checkpoint goes on, and be it on a single rank."""
         state = None if loaded is None else loaded.get("division")
-        if state is None:
+        if state is None or self.iterable:
             return self._native
         return (self._native or Division(0, 1)).going_on(state)
 
@@ -282,8 +282,10 @@ class TrackedLoader:
             "batches_seen": self.seen,
             "order": self._order,
         }
+        if not self.iterable:
+            state["batch_size"] = self.loader.batch_size if self.batched else 1
         if self.division is not None:
-            state["division"] = self.division.state_dict(self.loader.batch_size)
+            state["division"] = self.division.state_dict(self.loader.batch_size if self.batched else 1)
         if self._changing is not None:
             state["changing"] = self._changing
         if self._dataset_state is not None:

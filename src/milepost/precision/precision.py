@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from milepost.errors import MisconfigurationException, ResumeError
+from milepost.precision.clipping import clip_norm, clip_values
 
 
 class Precision:
@@ -70,9 +71,9 @@ class Precision:
     def clip_gradients(self, optimizer: Optimizer, limit: float, algorithm: str) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, limit)
+            clip_values(parameters, limit)
         else:
-            torch.nn.utils.clip_grad_norm_(parameters, limit)
+            clip_norm(parameters, limit)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

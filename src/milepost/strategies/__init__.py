@@ -5,6 +5,8 @@ from milepost._lazy import lazy_names
 _NAMES = {
     "Strategy": "milepost.strategies.strategy",
     "DDPStrategy": "milepost.strategies.ddp",
+    "FSDPStrategy": "milepost.strategies.fsdp",
+    "ModelParallelStrategy": "milepost.strategies.model_parallel",
     "ParallelStrategy": "milepost.strategies.parallel",
     "SingleDeviceStrategy": "milepost.strategies.single_device",
     "SingleDeviceXLAStrategy": "milepost.strategies.xla",

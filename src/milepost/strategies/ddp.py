@@ -78,8 +78,8 @@ class DDPStrategy(ParallelStrategy):
         super().setup(trainer)
         self._replica = None
         module = self._lightning_module
-        self._broadcast(module.parameters())
-        self._broadcast(module.buffers())
+        self.broadcast_tensors(module.parameters())
+        self.broadcast_tensors(module.buffers())
         if trainer.state.fn == "fit" and module.automatic_optimization:
             self._replica = self._wrapped(_TrainingStep(trainer, module))
 
@@ -120,16 +120,10 @@ class DDPStrategy(ParallelStrategy):
     def before_evaluation(self) -> None:
         """Every rank evaluates the model that would be saved: buffers that ranks have for themselves are rank 0's."""
         if self._replica is None or self._replica.broadcast_buffers:
-            self._broadcast(self._lightning_module.buffers())
+            self.broadcast_tensors(self._lightning_module.buffers())
 
-    @torch.no_grad()
-    def _broadcast(self, tensors: Any) -> None:
-        if _distributed.world_size() > 1:
-            for tensor in tensors:
-                whole = tensor.detach().contiguous()
-                dist.broadcast(whole, src=0)
-                if whole.data_ptr() != tensor.data_ptr():
-                    tensor.detach().copy_(whole)
+    def before_saving(self) -> None:
+        self.before_evaluation()
 
     def teardown(self) -> None:
         self._replica = None

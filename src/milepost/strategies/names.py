@@ -16,6 +16,8 @@ _NAMES: dict[str, Callable[[], Strategy]] = {
     "ddp": DDPStrategy,
     "ddp_find_unused_parameters_true": lambda: DDPStrategy(find_unused_parameters=True),
     "ddp_find_unused_parameters_false": lambda: DDPStrategy(find_unused_parameters=False),
+    "fsdp": lambda: _fsdp(),
+    "fsdp_cpu_offload": lambda: _fsdp(cpu_offload=True),
 }
 _REMEDIES = {
     "ddp_spawn": "ranks are started as processes of their own, which run the same script: use 'ddp'",
@@ -59,3 +61,9 @@ def strategy_of(given: str | Strategy, accelerator: str, devices: Any, num_nodes
     strategy = build()
     strategy.place(accelerator, devices, num_nodes)
     return strategy
+
+
+def _fsdp(**options: Any) -> Strategy:
+    from milepost.strategies.fsdp import FSDPStrategy  # it imports much of torch
+
+    return FSDPStrategy(**options)

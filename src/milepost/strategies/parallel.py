@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from milepost import _distributed
 from milepost.errors import MisconfigurationException
 from milepost.strategies.devices import Placement, place
 from milepost.strategies.launch import relaunch
+from milepost.strategies.sharding import is_spread
 from milepost.strategies.strategy import Strategy
 
 
@@ -67,6 +70,18 @@ class ParallelStrategy(Strategy):
     @property
     def world_size(self) -> int:
         return _distributed.world_size() if _distributed.is_initialized() else self.placement.ranks
+
+    @torch.no_grad()
+    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make plain `tensors` those of rank 0, in place."""
+        if _distributed.world_size() == 1:
+            return
+        for tensor in tensors:
+            if not is_spread(tensor):
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=0)
+                if whole.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(whole)
 
     def launch(self) -> None:
         """Join the other ranks; where nobody has started them, start them: then this does not return."""

@@ -12,6 +12,7 @@ from milepost._distributed import PerRank
 from milepost.errors import CheckpointSaveError
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.checkpoint_io import Completed
+from milepost.strategies.sharding import whole_on_rank_zero, with_tensors
 
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
@@ -31,7 +32,7 @@ def save(
     """
     if _distributed.world_size() == 1 or io_calls.takes_every_rank(io):
         return io_calls.save(io, checkpoint, path, storage_options, optimizers)
-    whole = _gathered(checkpoint)
+    whole = whole_on_rank_zero(_gathered(checkpoint), _distributed.rank())
     pending: Pending = Completed(path)
     error: Exception | None = None
     if _distributed.rank() == 0:
@@ -61,25 +62,35 @@ def save_alone(io: Any, checkpoint: dict[str, Any], path: str) -> Pending:
         )
     if _distributed.rank() != 0:
         return Completed(path)
+    with_tensors(checkpoint, lambda tensor: _refuse_parts(path))
     others = [None] * (_distributed.world_size() - 1)
     return io_calls.save(io, _replaced(checkpoint, lambda own: [own, *others]), path)
+
+
+def _refuse_parts(path: str) -> None:
+    raise CheckpointSaveError(
+        "The model is spread over ranks, which cannot meet once an error has ended the run on one of them. Go on from"
+        " the newest checkpoint.",
+        path=path,
+    )
 
 
 def own_part(io: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """`checkpoint` as `io` would get it, with this rank's values alone."""
     if io_calls.takes_every_rank(io):
         return checkpoint
-    opened: dict[str, Any] = _replaced(checkpoint, lambda own: [own])
+    local = with_tensors(checkpoint, lambda tensor: tensor.to_local())
+    opened: dict[str, Any] = _replaced(local, lambda own: [own])
     return opened
 
 
 def _gathered(checkpoint: dict[str, Any]) -> Any:
-    """On rank 0 `checkpoint` with the values of all ranks; elsewhere an empty dict."""
+    """On rank 0 `checkpoint` with the values of all ranks; elsewhere without any."""
     mine: list[Any] = []
     _replaced(checkpoint, mine.append)
     of_ranks = _distributed.gather_objects(mine)
     if of_ranks is None:
-        return {}
+        return _replaced(checkpoint, lambda own: None)  # what is spread over ranks takes all of them
     columns = iter([list(column) for column in zip(*of_ranks, strict=True)])
     return _replaced(checkpoint, lambda own: next(columns))
 

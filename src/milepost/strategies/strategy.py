@@ -16,6 +16,7 @@ from milepost.strategies import saving
 
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
+    from milepost.precision.precision import Precision
     from milepost.trainer.trainer import Trainer
 
 T = TypeVar("T")
@@ -117,6 +118,12 @@ class Strategy:
         """Called by the Trainer at the start of every run."""
         self._lightning_module = module
 
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse, when the Trainer is made, a precision that cannot be had with this strategy."""
+
+    def shard(self, trainer: Trainer) -> None:
+        """Called once the module is built (`configure_model`), before a checkpoint is loaded into it."""
+
     def setup(self, trainer: Trainer) -> None:
         """Called after the checkpoint's weights are in place: move the module to its device."""
         self._lightning_module.to(self.root_device)
@@ -136,6 +143,14 @@ class Strategy:
 
     def before_evaluation(self) -> None:
         """Called on every rank before a validation, test or prediction begins."""
+
+    @property
+    def saves_on_every_rank(self) -> bool:
+        """Whether a save now takes what every rank has, through a plugin that puts it together."""
+        return self.world_size > 1 and io_calls.takes_every_rank(self.checkpoint_io)
+
+    def before_saving(self) -> None:
+        """Called on every rank before such a save: what is saved once is to be the same on all of them."""
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

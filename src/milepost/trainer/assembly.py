@@ -144,6 +144,7 @@ def strategy_and_plugins(
     if precisions and precision is not None:
         raise MisconfigurationException(f"precision={precision!r} and a Precision plugin were given, choose one.")
     chosen = precisions[0] if precisions else make_precision(precision, built.root_device.type)
+    built.check_precision(chosen)
     return built, chosen, preemptions[0] if preemptions else Preemption()
 
 

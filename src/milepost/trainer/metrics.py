@@ -174,7 +174,7 @@ class EpochMetrics:
                 "hook": hook, "key": e.name, "on_step": e.on_step, "on_epoch": e.on_epoch, "prog_bar": e.prog_bar,
                 "logger": e.logger, "reduction": e.reduction, "total": _detached(e.total), "weight": e.weight,
                 "value": _detached(e.value), "step": e.step, "metric": e.metric and paths.get(id(e.metric)),
-                **({"sync": e.sync, "agreed": _detached(e.agreed)} if e.with_others else {}),
+                **({"sync": e.sync, "agreed": _detached(e.agreed)} if e.sync or e.with_others else {}),
             }
             for (hook, _, _), e in self.entries.items()
             if e.metric is None or id(e.metric) in paths

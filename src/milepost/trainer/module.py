@@ -18,6 +18,7 @@ from milepost import _distributed
 from milepost.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from milepost.data.rng import isolated_rng
 from milepost.errors import MisconfigurationException, ResumeError
+from milepost.strategies.sharding import shard_like
 from milepost.trainer.hparams import Hyperparameters
 from milepost.trainer.metric_state import is_collection
 from milepost.trainer.metrics import LogOptions
@@ -454,6 +455,9 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], *, strict: boo
     given, own = without_compile_prefix(checkpoint["state_dict"]), model.state_dict()
     names = {without_compiled_part(key): key for key in own}
     state = OrderedDict((names.get(k, k), v) for k, v in given.items())
+    for key, value in state.items():
+        if key in own and isinstance(value, torch.Tensor):
+            state[key] = shard_like(own[key], value)
     if versions := getattr(given, "_metadata", None):
         paths = [(path, without_compiled_part(path)) for path in getattr(own, "_metadata", ())]
         state._metadata = {path: versions[plain] for path, plain in paths if plain in versions}  # type: ignore[attr-defined]

@@ -101,6 +101,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
         trainer.call("configure_model")
     trainer.precision_plugin.convert_module(model)
     _convert_batchnorm(trainer, model)
+    trainer.strategy.shard(trainer)
     checkpoint = _load(trainer, weights_only)
     if checkpoint is not None:
         trainer.restored = _report(trainer, checkpoint, parts)
@@ -175,7 +176,7 @@ def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
             f" {trainer.ckpt_path!r}, which is no checkpoint: load_checkpoint must return the dict that"
             " save_checkpoint was given."
         )
-    return join_ranks(migrate_checkpoint(checkpoint), trainer.global_rank, trainer.strategy.world_size)
+    return join_ranks(migrate_checkpoint(checkpoint), trainer.strategy)
 
 
 def _fit(trainer: Trainer) -> None:

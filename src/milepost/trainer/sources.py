@@ -89,7 +89,7 @@ def _stream(trainer: Trainer, name: str, loaders: Any, limit: int | float | None
         mode=mode,
         limits=_limit(limit),
         seed=trainer.data_seed,
-        rank=trainer.global_rank,
+        rank=trainer.strategy.data_rank,
         divide=_divide(trainer, name),
         name=f"{name}_dataloader",
     )

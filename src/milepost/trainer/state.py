@@ -16,6 +16,7 @@ from milepost.data.rng import RngState
 from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.form import reader_of
+from milepost.strategies.sharding import shard_like
 from milepost.trainer.buffers import changed_buffers, restore_buffers
 from milepost.trainer.hparams import storable
 from milepost.trainer.loading import Loading
@@ -23,7 +24,7 @@ from milepost.trainer.metric_state import restore_metric_states
 from milepost.trainer.migration import CONTRACT_VERSION, VERSION_KEY, migrate_checkpoint, require_loops, watched_values
 from milepost.trainer.parts import EVERY
 from milepost.trainer.progress import Phase, evaluation_state, prediction_state
-from milepost.trainer.ranks import checkpointer_states, split_ranks
+from milepost.trainer.ranks import rank_zeros, split_ranks
 from milepost.trainer.standing import Standing, callback_keys, restore_loggers
 
 if TYPE_CHECKING:
@@ -81,16 +82,17 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         },
     }
     if not weights_only:
-        checkpoint["callbacks"] = {
+        states = {
             key: state for key, callback in callback_keys(trainer) if (state := standing.callback_state(key, callback))
-        } | checkpointer_states(trainer)
+        }
+        checkpoint["callbacks"] = rank_zeros(trainer, states)
         checkpoint["optimizer_states"] = [
             trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
         ]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[trainer.precision_plugin.state_key] = precision
-        checkpoint["milepost"] = split_ranks({**standing.exact, **_beside_position(trainer)}, trainer.world_size)
+        checkpoint["milepost"] = split_ranks({**standing.exact, **_beside_position(trainer)}, trainer.strategy)
     _dump_hyper_parameters(checkpoint, module, "")
     if trainer.datamodule is not None:
         _dump_hyper_parameters(checkpoint, trainer.datamodule, "datamodule_")
@@ -239,7 +241,8 @@ def _restore_exactly(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     parameters = {name.replace(_COMPILED, ""): p for name, p in module.named_parameters()}
     for name, gradient in exact.get("gradients", {}).items():
         if name in parameters:
-            parameters[name].grad = gradient.to(parameters[name].device)
+            whole = gradient.to(parameters[name].device)
+            parameters[name].grad = shard_like(parameters[name], whole)
 
 
 def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -257,6 +260,7 @@ def _restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 f"{type(optimizer).__name__}: the checkpoint's parameter groups hold {saved} parameters, this run's"
                 f" {present}. Build the optimizer over the same parameters."
             )
+        state = _spread(optimizer, state)
         _load_optimizer(optimizer, state)
         _keep_saved_dtypes(optimizer, state)
 
@@ -270,6 +274,19 @@ def _restore_schedulers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         )
     for config, state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
         config.scheduler.load_state_dict(state)
+
+
+def _spread(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with this rank's part of the tensors that belong to parameters which are spread over ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    live = dict(zip(numbers, parameters, strict=True))
+    spread = {
+        number: {k: shard_like(live[number], v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        if number in live else values
+        for number, values in state["state"].items()
+    }  # fmt: skip
+    return {**state, "state": spread}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -254,6 +254,8 @@ class Trainer(TrainerSurface):
         if self.lightning_module is None:
             raise AttributeError("save_checkpoint needs a model: call fit, validate, test or predict first.")
         with self.profile("save_checkpoint"):
+            if self.strategy.saves_on_every_rank and self.state.status != "interrupted":
+                self.strategy.before_saving()
             checkpoint = dump_checkpoint(self, bool(weights_only))
             self.strategy.stepping_optimizers = self.late_copies.optimizers()
             if self.state.status == "interrupted":
@@ -357,6 +359,12 @@ class Trainer(TrainerSurface):
             count = sum(takes_argument(step, argument, n) for argument, n in (("batch_idx", 2), ("dataloader_idx", 3)))
             self.step_arguments[name] = count
         return step(batch, *position[:count])
+
+    @property
+    def steps_defined(self) -> list[str]:
+        """Names of the steps that the module has."""
+        names = ("training_step", "validation_step", "test_step", "predict_step")
+        return [name for name in names if getattr(type(self.lightning_module), name) is not getattr(Module, name)]
 
     def training_call(self, batch: Any, *position: int) -> Any:
         """The module's `training_step`, for the strategy to run."""

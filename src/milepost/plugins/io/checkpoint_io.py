@@ -138,8 +138,9 @@ def link(io: Any, source: Any, target: Any) -> bool:
 
 
 def takes_every_rank(io: Any) -> bool:
-    """Whether `io` is to be called on every rank, and puts together what they have by itself."""
-    return bool(getattr(io, "every_rank", False))
+    """Whether `io`, or what it wraps, is to be called on every rank, and puts together what they have by itself."""
+    inner = getattr(io, "checkpoint_io", None)
+    return bool(getattr(io, "every_rank", False)) or (inner is not None and takes_every_rank(inner))
 
 
 def offers(io: Any, capability: str) -> bool:

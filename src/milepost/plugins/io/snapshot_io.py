@@ -25,7 +25,8 @@ class SnapshotCheckpointIO(CheckpointIO):
 
     `save_checkpoint` copies the state to host memory and returns; the copy is written while training goes on, past the
     page cache, only where it changed since the last checkpoint. It is there whole or not at all. `ModelCheckpoint`
-    counts it once it is durable. Loading verifies every byte and runs no code.
+    counts it once it is durable. Loading verifies every byte and runs no code. Where several ranks train, each writes
+    what is its own, and all of it becomes one directory (docs/many-ranks.md).
 
     Args:
         background: False: `save_checkpoint` returns when the checkpoint is durable, and no memory is taken for a copy.
@@ -39,13 +40,15 @@ class SnapshotCheckpointIO(CheckpointIO):
             is pickled with a warning, so that no step is lost for it.
     """
 
+    every_rank = True
+
     def __init__(
         self, *, background: bool = True, lazy: bool = False, threads: int = 2, allow_pickle: bool = False
     ) -> None:
         if lazy and not background:
             raise MisconfigurationException("lazy=True copies in the background: it needs background=True.")
         self._lazy = lazy
-        self._engine = DirectoryEngine(threads=threads)
+        self._engine = DirectoryEngine(threads=threads, ranks="auto")
         self._background = background
         self._allow_pickle = allow_pickle
 
