@@ -7,6 +7,8 @@ import dataclasses
 import enum
 import os
 import pathlib
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,36 @@ def written_between(directory: Path, before: Path) -> int:
     """Bytes of the files of a checkpoint that the one before does not share."""
     known = {p.stat().st_ino for p in before.iterdir()}
     return sum(p.stat().st_size for p in directory.iterdir() if p.stat().st_ino not in known)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_each_changed_piece_is_read_once_however_many_tensors_lie_in_it(
+    engine: DirectoryEngine, tmp_path: Path, background: bool
+) -> None:
+    state = {"model": {f"w{n}": torch.full((700,), float(n)) for n in range(2000)}}  # 5.6 MB: six pieces
+    for number, changed in enumerate((range(0), range(700), range(2000))):
+        for n in changed:
+            state["model"][f"w{n}"] += 1
+        reads: list[int] = []
+
+        def seen(frame: Any, event: str, call: Any, reads: list[int] = reads) -> None:
+            if event == "c_call" and getattr(call, "__name__", "") == "pread":
+                reads.append(1)
+
+        threading.setprofile(seen)
+        sys.setprofile(seen)
+        fresh = DirectoryEngine()  # its threads are started under the profile
+        if number:
+            fresh.adopt(tmp_path / str(number - 1))
+        fresh.save(tmp_path / str(number), state, background=background).result()
+        fresh.close()
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+        assert len(reads) <= planner._SAMPLES + 6
+        files = {p.name for p in (tmp_path / str(number)).glob("*.safetensors")}
+        assert len(files) == (2 if number == 1 else 1)
+        loaded = engine.load(tmp_path / str(number))["model"]
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in state["model"].items())
 
 
 def test_a_delta_names_the_file_of_each_tensor_for_other_tools(engine: DirectoryEngine, tmp_path: Path) -> None:

@@ -134,10 +134,11 @@ def same_structure(plan: BlobPlan, index: Index) -> bool:
     )
 
 
-def samples(size: int) -> list[tuple[int, int]]:
-    """A few ranges of a blob, spread evenly: the share of them that differs is about the share of bytes that does."""
-    each = -(-size // _SAMPLES)
-    return [(start, min(start + _SAMPLE_BYTES, size)) for start in range(each // 2, size, each)] or [(0, size)]
+def samples(begin: int, size: int) -> list[tuple[int, int]]:
+    """A few ranges of a blob whose tensors begin at `begin`, spread evenly: the share of them that differs is about the
+    share of bytes that does."""
+    each = max(-(-(size - begin) // _SAMPLES), 1)
+    return [(start, min(start + _SAMPLE_BYTES, size)) for start in range(begin + each // 2, size, each)] or [(0, size)]
 
 
 def changed_pieces(index: Index, digests: str) -> list[int]:

@@ -135,7 +135,7 @@ class Saving:
         if not earlier or not planner.same_structure(plan, earlier[0].index):
             return whole
         base = earlier[0]
-        if base.blob.saves >= planner.MAX_LINKS or self._mostly_changed(image, base):
+        if base.blob.saves >= planner.MAX_LINKS or self._mostly_changed(plan, image, base):
             return whole
         digests = digests_of(image, self._workers)
         pieces = planner.changed_pieces(base.index, digests)
@@ -158,13 +158,13 @@ class Saving:
                 link = earlier[1]
         return [_Part(base_name, plan, image, base), _Part(delta_name, delta, delta_image, link, tuple(rows))]
 
-    def _mostly_changed(self, image: Image, base: Earlier) -> bool:
+    def _mostly_changed(self, plan: BlobPlan, image: Image, base: Earlier) -> bool:
         """Whether a look at a few places finds most of them changed: then all is written without a closer look."""
         same = 0
         with _reading(base.path) as stored:
             if stored < 0:
                 return True
-            places = planner.samples(image.size)
+            places = planner.samples(len(plan.layout.header), image.size)
             for start, stop in places:
                 same += self._equal(stored, image, start, stop)
         return same < len(places) / 4
@@ -176,9 +176,8 @@ class Saving:
         with _reading(base.path) as stored:
             if stored < 0:
                 return None
-            return planner.changed_entries(
-                plan.layout.entries, pieces, PIECE_BYTES, lambda start, stop: self._equal(stored, image, start, stop)
-            )
+            compared = _PieceComparison(stored, image, self._workers.buffer())
+            return planner.changed_entries(plan.layout.entries, pieces, PIECE_BYTES, compared.equal)
 
     def _sound(self, earlier: Earlier) -> bool:
         """Whether the stored blob may be linked once more: from time to time it is read and verified first."""
@@ -294,6 +293,27 @@ def new_head(step: int, metrics: Mapping[str, float], world_size: int, blobs: li
         blobs=blobs,
         tree=Stored(manifest.TREE_NAME, 0, ""),
     )
+
+
+class _PieceComparison:
+    """Compares ranges with the stored bytes; each piece is read once for all the tensors in it, which come in order."""
+
+    def __init__(self, stored: int, image: Image, buffer: memoryview) -> None:
+        self._stored = stored
+        self._image = image
+        self._buffer = buffer
+        self._begin = -1
+        self._old = b""
+        self._new = memoryview(b"")
+
+    def equal(self, start: int, stop: int) -> bool:
+        """Whether the bytes of a range, which lies in one piece, are those that are stored."""
+        begin = start // PIECE_BYTES * PIECE_BYTES
+        if begin != self._begin:
+            end = min(begin + PIECE_BYTES, self._image.size)
+            self._begin, self._old = begin, os.pread(self._stored, end - begin, begin)
+            self._new = self._image.view(begin, end, self._buffer)
+        return self._old[start - begin : stop - begin] == self._new[start - begin : stop - begin]
 
 
 @contextmanager
