@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -26,7 +27,7 @@ class Located:
 
     def __init__(self, stored: StoredCheckpoint, rank: int) -> None:
         self._stored = stored
-        self._rank = rank
+        self._own_blobs = {n for n, blob in enumerate(stored.head.blobs) if blob.rank == rank}
         self._known: dict[PartsRef, dict[TensorRef, Box]] = {}
         self._kinds: dict[PartsRef, tuple[str, torch.dtype, tuple[int, ...]]] = {}
 
@@ -39,7 +40,7 @@ class Located:
         if isinstance(ref, TensorRef):
             return stored_type(self._stored.index(ref.blob), ref.row)
         if ref not in self._kinds:
-            self._part(ref, self._ordered(ref, 0.0)[0])
+            self._part(ref, next(self._ordered(ref, 0.0)))
         return self._kinds[ref][1:]
 
     def parts(self, ref: PartsRef, wanted: Sequence[Box]) -> list[Part]:
@@ -75,16 +76,17 @@ class Located:
             raise CheckpointFormatError(f"{self._stored.path}: the parts of {name!r} do not fill it: {wrong}.")
         return found
 
-    def _ordered(self, ref: PartsRef, fraction: float) -> list[TensorRef]:
-        """The parts, in the order in which it is likely that they are of use."""
-        blobs, middle = self._stored.head.blobs, fraction * len(ref.blobs)
-
-        def unlikely(item: tuple[int, TensorRef]) -> tuple[bool, float]:
-            number, place = item
-            theirs = place.blob >= len(blobs) or blobs[place.blob].rank != self._rank
-            return theirs, abs(number - middle)
-
-        return [place for _, place in sorted(enumerate(ref.refs()), key=unlikely)]
+    def _ordered(self, ref: PartsRef, fraction: float) -> Iterator[TensorRef]:
+        """The parts, in the order in which it is likely that they are of use: this rank's own, then from there on."""
+        own = [n for n, blob in enumerate(ref.blobs) if blob in self._own_blobs]
+        for number in own:
+            yield TensorRef(ref.blobs[number], ref.rows[number])
+        middle = min(int(fraction * len(ref.blobs)), len(ref.blobs) - 1)
+        after, before = range(middle, len(ref.blobs)), range(middle - 1, -1, -1)
+        for pair in zip_longest(after, before):
+            for number in pair:
+                if number is not None and number not in own:
+                    yield TensorRef(ref.blobs[number], ref.rows[number])
 
     def _part(self, ref: PartsRef, place: TensorRef) -> Box:
         """Which box a part is; checked to belong to the same tensor as those that were seen before."""
