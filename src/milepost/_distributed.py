@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -94,6 +96,24 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_initialized() else 1
+
+
+_saves_alone: ContextVar[bool] = ContextVar("saves_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this rank saves and loads by itself what is its own: a CheckpointIO does not wait for the others."""
+    token = _saves_alone.set(True)
+    try:
+        yield
+    finally:
+        _saves_alone.reset(token)
+
+
+def is_alone() -> bool:
+    """Whether the caller is inside `alone`."""
+    return _saves_alone.get()
 
 
 # ---- collectives: call them on every rank ---------------------------------------------------------------------------

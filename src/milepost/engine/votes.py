@@ -131,8 +131,8 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls, deadline_seconds: float = 60.0) -> Ranks | None:
-        """Those of torch's default process group; None where there is none, or only one rank."""
-        if _distributed.world_size() < 2:
+        """Those of torch's default process group; None where there is none, one rank, or one that saves alone."""
+        if _distributed.world_size() < 2 or _distributed.is_alone():
             return None
         from torch.distributed.distributed_c10d import _get_default_store
 

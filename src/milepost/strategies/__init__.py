@@ -4,6 +4,7 @@ from milepost._lazy import lazy_names
 
 _NAMES = {
     "Strategy": "milepost.strategies.strategy",
+    "DeepSpeedStrategy": "milepost.strategies.deepspeed",
     "DDPStrategy": "milepost.strategies.ddp",
     "FSDPStrategy": "milepost.strategies.fsdp",
     "ModelParallelStrategy": "milepost.strategies.model_parallel",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from milepost.errors import MisconfigurationException
 from milepost.strategies.ddp import DDPStrategy
+from milepost.strategies.deepspeed import DeepSpeedStrategy
 from milepost.strategies.devices import place
 from milepost.strategies.single_device import SingleDeviceStrategy
 from milepost.strategies.strategy import Strategy
@@ -18,6 +20,13 @@ _NAMES: dict[str, Callable[[], Strategy]] = {
     "ddp_find_unused_parameters_false": lambda: DDPStrategy(find_unused_parameters=False),
     "fsdp": lambda: _fsdp(),
     "fsdp_cpu_offload": lambda: _fsdp(cpu_offload=True),
+    "deepspeed": DeepSpeedStrategy,
+    **{f"deepspeed_stage_{n}": partial(DeepSpeedStrategy, stage=n) for n in (1, 2, 3)},
+    "deepspeed_stage_2_offload": partial(DeepSpeedStrategy, stage=2, offload_optimizer=True),
+    "deepspeed_stage_3_offload": partial(DeepSpeedStrategy, stage=3, offload_optimizer=True, offload_parameters=True),
+    "deepspeed_stage_3_offload_nvme": partial(
+        DeepSpeedStrategy, stage=3, offload_optimizer=True, offload_optimizer_device="nvme"
+    ),
 }
 _REMEDIES = {
     "ddp_spawn": "ranks are started as processes of their own, which run the same script: use 'ddp'",

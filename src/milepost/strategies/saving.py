@@ -32,7 +32,7 @@ def save(
     """
     if _distributed.world_size() == 1 or io_calls.takes_every_rank(io):
         return io_calls.save(io, checkpoint, path, storage_options, optimizers)
-    whole = whole_on_rank_zero(_gathered(checkpoint), _distributed.rank())
+    whole = whole_on_rank_zero(gathered(checkpoint), _distributed.rank())
     pending: Pending = Completed(path)
     error: Exception | None = None
     if _distributed.rank() == 0:
@@ -84,7 +84,7 @@ def own_part(io: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return opened
 
 
-def _gathered(checkpoint: dict[str, Any]) -> Any:
+def gathered(checkpoint: dict[str, Any]) -> Any:
     """On rank 0 `checkpoint` with the values of all ranks; elsewhere without any."""
     mine: list[Any] = []
     _replaced(checkpoint, mine.append)

@@ -12,11 +12,11 @@ from milepost import _distributed
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.io.torch_io import TorchCheckpointIO
+from milepost.precision.precision import Precision, make_precision
 from milepost.strategies import saving
 
 if TYPE_CHECKING:
     from milepost.plugins.io.checkpoint_io import Pending
-    from milepost.precision.precision import Precision
     from milepost.trainer.trainer import Trainer
 
 T = TypeVar("T")
@@ -38,6 +38,8 @@ class Strategy:
         if checkpoint_io is not None:
             self.checkpoint_io = checkpoint_io
         self._lightning_module: Any = None
+        self.parts_to_restore: frozenset[str] = frozenset()
+        """Set by the Trainer before `load_checkpoint`: what of the checkpoint this run takes."""
         self.stepping_optimizers: Sequence[torch.optim.Optimizer] = ()
         """Set by the Trainer for a save: those whose ``step`` alone changes their parameters and state from then on,
         until the plugin's ``staged()`` is called."""
@@ -128,11 +130,22 @@ class Strategy:
         """Called after the checkpoint's weights are in place: move the module to its device."""
         self._lightning_module.to(self.root_device)
 
+    def make_precision(self, precision: str | int | None) -> Precision:
+        """The Precision for the Trainer's argument of that name, where none is among its plugins."""
+        return make_precision(precision, self.root_device.type)
+
+    def take_optimizers(self, trainer: Trainer) -> None:
+        """Called in a fit after `setup`, when ``trainer.optimizers`` are made, not yet restored. May replace them."""
+
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def run_training_step(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Run ``call(*arguments)``, the module's training step. A strategy that wraps the model goes through it."""
         return call(*arguments)
+
+    def run_backward(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        """Compute gradients: what the module's `backward` does unless it is overridden."""
+        loss.backward(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def backward_done(self) -> None:
         """Called after each backward pass of automatic and manual optimization."""
@@ -176,6 +189,16 @@ class Strategy:
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ask the plugin whether `checkpoint` could be stored; raises what it raises."""
         io_calls.check(self.checkpoint_io, saving.own_part(self.checkpoint_io, checkpoint))
+
+    @property
+    def restores_model(self) -> bool:
+        """Whether `take_optimizers` puts back the weights of the checkpoint that was loaded last."""
+        return False
+
+    @property
+    def restores_optimizer(self) -> bool:
+        """The same of the optimizer's state."""
+        return False
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; tensors come back on the CPU unless the plugin decides otherwise."""

@@ -15,7 +15,7 @@ from milepost.callbacks.checkpoint import Checkpoint
 from milepost.errors import MisconfigurationException
 from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.plugins.preemption import Preemption
-from milepost.precision.precision import Precision, make_precision
+from milepost.precision.precision import Precision
 from milepost.profilers.profiler import PassThroughProfiler
 from milepost.strategies.names import strategy_of
 from milepost.strategies.strategy import Strategy
@@ -143,7 +143,7 @@ def strategy_and_plugins(
         built.checkpoint_io = ios[0]
     if precisions and precision is not None:
         raise MisconfigurationException(f"precision={precision!r} and a Precision plugin were given, choose one.")
-    chosen = precisions[0] if precisions else make_precision(precision, built.root_device.type)
+    chosen = precisions[0] if precisions else built.make_precision(precision)
     built.check_precision(chosen)
     return built, chosen, preemptions[0] if preemptions else Preemption()
 

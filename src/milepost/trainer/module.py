@@ -300,7 +300,7 @@ class Module(nn.Module, ModelHooks, DataHooks, CheckpointHooks, Hyperparameters)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Override to change how gradients are computed."""
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.trainer.strategy.run_backward(loss, *args, **kwargs)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Any = None) -> None:
         """Override to change when the optimizer steps; call ``optimizer.step(closure=optimizer_closure)`` inside."""

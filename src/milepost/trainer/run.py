@@ -102,7 +102,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     trainer.precision_plugin.convert_module(model)
     _convert_batchnorm(trainer, model)
     trainer.strategy.shard(trainer)
-    checkpoint = _load(trainer, weights_only)
+    checkpoint = _load(trainer, weights_only, parts)
     if checkpoint is not None:
         trainer.restored = _report(trainer, checkpoint, parts)
         restore_model(trainer, checkpoint, parts)
@@ -110,6 +110,7 @@ def _prepare_and_run(trainer: Trainer, fn: str, model: Module, weights_only: boo
     trainer.strategy.setup(trainer)
     if fn == "fit":
         _configure_optimizers(trainer, model)
+        trainer.strategy.take_optimizers(trainer)
         trainer.call("on_fit_start")
     trainer.reports.hyperparams(model)
     if fn == "fit":
@@ -166,9 +167,10 @@ def _call_teardown(trainer: Trainer, fn: str) -> None:
     trainer.call("teardown", fn)
 
 
-def _load(trainer: Trainer, weights_only: bool | None) -> dict[str, Any] | None:
+def _load(trainer: Trainer, weights_only: bool | None, parts: frozenset[str]) -> dict[str, Any] | None:
     if trainer.ckpt_path is None:
         return None
+    trainer.strategy.parts_to_restore = parts
     checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path, weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ResumeError(

@@ -139,7 +139,8 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any], parts: frozenset
     module = trainer.lightning_module
     if "model" in parts:
         module.on_load_checkpoint(checkpoint)
-        load_weights(module, checkpoint, strict=module.strict_loading)
+        if not trainer.strategy.restores_model:
+            load_weights(module, checkpoint, strict=module.strict_loading)
     datamodule = trainer.datamodule
     if datamodule is not None and "datamodule" in parts:
         datamodule.on_load_checkpoint(checkpoint)
@@ -181,7 +182,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any], parts: frozen
     if "loops" in parts:
         require_loops(checkpoint)
         trainer.fit_loop.progress.load_state_dict(checkpoint["loops"]["fit_loop"])
-    if "optimizer" in parts:
+    if "optimizer" in parts and not trainer.strategy.restores_optimizer:
         _restore_optimizers(trainer, checkpoint)
     if "scheduler" in parts:
         _restore_schedulers(trainer, checkpoint)

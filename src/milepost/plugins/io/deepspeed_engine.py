@@ -24,7 +24,7 @@ from milepost.errors import (
     CheckpointSaveError,
     MisconfigurationException,
 )
-from milepost.plugins.io import parts, raw, zero
+from milepost.plugins.io import parts, zero
 from milepost.plugins.io.checkpoint_io import is_checkpoint_io
 
 _OBJECT = "milepost.deepspeed_object"
@@ -172,7 +172,7 @@ class CheckpointIOEngine:
                 f"{path} belongs to no complete checkpoint: there is no {parts.RECORD} beside it. Its save was cut"
                 " short, or DeepSpeed wrote it without this engine; its own TorchCheckpointEngine loads that."
             )
-        return _as_objects(raw.load(self.io, path, map_location="cpu"))  # type: ignore[no-any-return]
+        return _as_objects(parts.load(self.io, path))  # type: ignore[no-any-return]
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
         return dp_rank == 0

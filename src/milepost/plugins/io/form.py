@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.plugins.io.checkpoint_io import CheckpointIO
+from milepost.plugins.io.parts import record_path
 from milepost.plugins.io.safetensors_io import SafetensorsCheckpointIO
 from milepost.plugins.io.snapshot_io import SnapshotCheckpointIO
 from milepost.plugins.io.torch_io import TorchCheckpointIO
@@ -16,6 +17,8 @@ def reader_of(path: Any) -> CheckpointIO:
     if hasattr(path, "read"):
         return TorchCheckpointIO()
     place = Path(path)
+    if (record := Path(record_path(place))).exists():  # in parts, each of that form
+        place = record
     if place.is_dir():
         return SnapshotCheckpointIO()
     return SafetensorsCheckpointIO() if place.is_file() and _is_safetensors(place) else TorchCheckpointIO()

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milepost._distributed import alone
 from milepost.errors import CheckpointError, CheckpointFormatError
 from milepost.plugins.io import raw
 from milepost.storage import local
@@ -78,13 +79,19 @@ def is_there(io: Any, path: Any) -> bool:
     return Path(record).exists() or (Path(str(path)) / LATEST).is_file()
 
 
+def load(io: Any, place: str, weights_only: bool | None = None) -> dict[str, Any]:
+    """One part, by one rank."""
+    with alone():
+        return raw.load(io, place, map_location="cpu", weights_only=weights_only)
+
+
 def read(io: Any, path: Any, weights_only: bool | None = None) -> tuple[dict[str, Any], Parts]:
     """The record's own values, and what it says of the parts.
 
     Raises:
         CheckpointError: the record is damaged, or of a later version.
     """
-    record = raw.load(io, record_path(path), map_location="cpu", weights_only=weights_only)
+    record = load(io, record_path(path), weights_only)
     found = record.pop(KEY, None)
     if not isinstance(found, dict) or found.get("version") != _VERSION:
         raise CheckpointFormatError(
@@ -106,7 +113,8 @@ class Writing:
         if self._failed is not None:
             return  # the checkpoint cannot come about any more
         try:
-            self._handles[name] = raw.save(self._io, state, part_path(self.path, self.tag, name))
+            with alone():
+                self._handles[name] = raw.save(self._io, state, part_path(self.path, self.tag, name))
         except Exception as error:
             self._failed = error
 
@@ -127,7 +135,8 @@ class Writing:
         """
         parts = Parts(self._kind, self.tag, tuple(sorted(names)))
         replaced = _parts_of(self._io, self.path)
-        raw.save(self._io, {**record, KEY: _described(parts)}, record_path(self.path)).result()
+        with alone():
+            raw.save(self._io, {**record, KEY: _described(parts)}, record_path(self.path)).result()
         _say_latest(self.path, parts)
         if replaced is not None and replaced.tag != parts.tag:
             _remove_parts(self._io, self.path, replaced)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from milepost.errors import CheckpointFormatError
-from milepost.plugins.io import parts, raw
+from milepost.plugins.io import parts
 
 KIND = "deepspeed"
 LAYOUT = "deepspeed"
@@ -41,7 +41,7 @@ def whole(io: Any, path: Any, weights_only: bool | None = None) -> dict[str, Any
         raise CheckpointFormatError(f"{path}: parts of the kind {found.kind!r}, which this version does not know.")
 
     def load(name: str) -> dict[str, Any]:
-        return raw.load(io, parts.part_path(path, found.tag, name), map_location="cpu", weights_only=weights_only)
+        return parts.load(io, parts.part_path(path, found.tag, name), weights_only)
 
     layout = record.pop(LAYOUT, {})
     weights, optimizer = consolidated(found.names, load, layout, str(path))
