@@ -1,6 +1,6 @@
 """Saving and loading by several ranks through DCP, with Milepost's storage and with DCP's own, in the same run.
 
-    python benchmarks/many_ranks.py [--ranks 2] [--rounds 5] [--layers 12] [--folder DIR] [--out FILE]
+    python benchmarks/many_ranks.py [--ranks 2] [--rounds 5] [--layers 12] [--folder DIR] [--out figures]
 
 The state is that of GPT-2 small with AdamW's moments, 1.5 GB in all, as DTensors sharded over the ranks. What the FSDP
 strategy of Lightning does to save sharded is the row of DCP: it calls `dcp.save` with defaults. In each round every way
@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from checkpoint_speed import Limits, drop_cache, gpt2, size_on_disk, tensors
+from checkpoint.limits import Limits
+from checkpoint.measuring import Figures, drop_cache, gpt2, size_on_disk, tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -207,23 +207,28 @@ def start(rank: int, ranks: int, folder: str, rounds: int, layers: int) -> None:
     dist.destroy_process_group()
 
 
-def table(rows: Rows, size: int, sizes: dict[str, int]) -> list[str]:
-    lines = [f"{'':28}{'median s':>10}{'from':>8}{'to':>8}{'against the limit':>20}{'against dcp':>14}"]
+LIMITS = {
+    "blocking": ("limit: memcpy", "a warm memcpy of the rank's bytes, 2 threads"),
+    "durable": ("limit: direct write", "a direct write of the rank's bytes, 2 threads, fallocate, fsync"),
+}
+
+
+def add_to(figures: Figures, rows: Rows) -> None:
+    """Seconds of each way, and the ratios to the limit and to DCP with defaults in the same round."""
     for name, found in rows.items():
-        kind, _, _ = name.partition(": ")
-        limit = {"blocking": "limit: memcpy", "durable": "limit: direct write"}.get(kind)
-        ratios = "" if limit is None else f"{paired(found, rows[limit]):.2f}"
-        peer = f"{kind}: dcp"
-        against = f"{paired(found, rows[peer]):.2f}" if peer in rows and name != peer else ""
-        spread = f"{min(found):>8.3f}{max(found):>8.3f}"
-        lines.append(f"{name:28}{statistics.median(found):>10.3f}{spread}{ratios:>20}{against:>14}")
-    lines.append(f"{size / 1e6:.0f} MB a rank; on disk: {', '.join(f'{n} {s / 1e6:.0f} MB' for n, s in sizes.items())}")
-    return lines
+        figures.number(name, found, "s")
+    for name, found in rows.items():
+        kind, _, who = name.partition(": ")
+        if kind in LIMITS:
+            limit, described = LIMITS[kind]
+            figures.row(name, paired(found, rows[limit]), described)
+        if kind != "limit" and who != "dcp":
+            figures.row(name, paired(found, rows[f"{kind}: dcp"]), "dcp with its own storage")
 
 
-def paired(found: list[float], other: list[float]) -> float:
-    """The median of the ratios of measurements of one round."""
-    return statistics.median(a / b for a, b in zip(found, other, strict=True))
+def paired(found: list[float], other: list[float]) -> list[float]:
+    """The ratios of measurements of one round."""
+    return [a / b for a, b in zip(found, other, strict=True)]
 
 
 def main() -> None:
@@ -232,12 +237,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=12, help="of GPT-2; the embeddings are 470 MB by themselves")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to be measured")
-    parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="a folder for JSON and a table")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(dir=chosen.folder or Path.cwd(), prefix="bench-"))
+    figures = Figures(f"many_ranks_{chosen.ranks}", folder, chosen.rounds)
+    begin = time.perf_counter()
     try:
         mp.spawn(start, (chosen.ranks, str(folder), chosen.rounds, chosen.layers), nprocs=chosen.ranks)
         found = json.loads((folder / "rows.json").read_text())
@@ -245,10 +252,11 @@ def main() -> None:
         sizes = {name: size_on_disk(folder / name) for name in ("dcp", "milepost", "checkpointer")}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\n".join(table(rows, found["bytes"], sizes)))
-    if chosen.out:
-        content = {"load_average": os.getloadavg(), "ranks": chosen.ranks, "bytes_a_rank": found["bytes"], "rows": rows}
-        chosen.out.write_text(json.dumps(content, indent=1))
+    add_to(figures, rows)
+    figures.number("bytes a rank", found["bytes"] / 1e6, "MB")
+    for name, size in sizes.items():
+        figures.number(f"on disk: {name}", size / 1e6, "MB")
+    figures.write(chosen.out, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
