@@ -10,9 +10,15 @@ from milepost.cli.reading import form_of, size_of
 from milepost.errors import CheckpointFormatError, MisconfigurationException
 
 
-def convert(source: Path, target: Path, *, unpickle: bool = False, quiet: bool = False) -> None:
+def convert(
+    source: Path, target: Path, *, unpickle: bool = False, quiet: bool = False, memory_bytes: int | None = None
+) -> None:
     """Read `source`, verify it, and write it as `target`, whose ending says the form: ``.ckpt``, ``.safetensors``
     (weights only) or none (a directory).
+
+    Args:
+        memory_bytes: of a checkpoint directory, what its tensors may take in memory; a larger one is put together in a
+            file beside `target`. None: half of what is free.
 
     Raises:
         CheckpointError: the source is damaged or unsafe, or the target cannot be written.
@@ -25,7 +31,7 @@ def convert(source: Path, target: Path, *, unpickle: bool = False, quiet: bool =
     # a file of torch is verified, and then read again by torch
     size = size_of(source) if source.exists() else 0
     with shown(f"reading {source}", size * (2 if form_of(source) == "ckpt" else 1), quiet=quiet):
-        state = _read(source, unpickle)
+        state = _read(source, unpickle, _spill(source, target, size, memory_bytes))
     with shown(f"writing {target}", size, quiet=quiet):
         _write(state, source, target)
 
@@ -48,14 +54,24 @@ def _write(state: dict[str, Any], source: Path, target: Path) -> None:
         engine.close()
 
 
-def _read(source: Path, unpickle: bool) -> dict[str, Any]:
+def _spill(source: Path, target: Path, size: int, memory_bytes: int | None) -> Path | None:
+    """Where the tensors are put together, if they are more than may be in memory."""
+    from milepost.engine.spill import free_memory_bytes
+
+    if form_of(source) != "directory" or size <= (free_memory_bytes() // 2 if memory_bytes is None else memory_bytes):
+        return None
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return target.absolute().parent
+
+
+def _read(source: Path, unpickle: bool, spill: Path | None) -> dict[str, Any]:
     form = form_of(source)
     if form == "directory":
         from milepost.engine.directory import DirectoryEngine
 
         engine = DirectoryEngine()
         try:
-            return engine.load(source, unpickle=unpickle)
+            return engine.load(source, unpickle=unpickle, spill=spill)
         finally:
             engine.close()
     if form == "safetensors":

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from milepost.engine.batch import Staging
 from milepost.engine.collector import collector_paused
 from milepost.engine.commit import PendingDirectory, identity, make_parents, remove_checkpoint, sweep
 from milepost.engine.lazy import StepGate, WrittenMeanwhile, rows_that_can_wait
-from milepost.engine.loading import owned_tree, read_tensors
+from milepost.engine.loading import Empty, owned_tree, read_tensors
 from milepost.engine.locating import Located, Ref
 from milepost.engine.plan_memory import PlanMemory
 from milepost.engine.planner import Earlier
@@ -27,6 +28,7 @@ from milepost.engine.rank_save import RankSaving
 from milepost.engine.reader import READ_ATTEMPTS, StoredCheckpoint
 from milepost.engine.requests import BlobPlan, Image
 from milepost.engine.save import Committed, Saving
+from milepost.engine.spill import Spill
 from milepost.engine.staging import Arena, LiveImage, Source
 from milepost.engine.state import Flattened, rebuild, references
 from milepost.engine.votes import Meeting, RankFailure, Ranks
@@ -340,11 +342,15 @@ class DirectoryEngine:
         stored = self._reading
         return time.monotonic_ns() if stored is None else stored.bytes_read
 
-    def load(self, path: str | os.PathLike[str], *, unpickle: bool = False) -> dict[str, Any]:
+    def load(
+        self, path: str | os.PathLike[str], *, unpickle: bool = False, spill: Path | None = None
+    ) -> dict[str, Any]:
         """Read a whole checkpoint, every byte of it verified.
 
         Args:
             unpickle: whether to load pickled values, which runs code of the file.
+            spill: a directory on a disk with room for the tensors: they are put into a file there that has no name,
+                and take memory only as long as there is some. None: into memory.
 
         Raises:
             CheckpointError: nothing is there, it is damaged, or it holds a pickled value and `unpickle` is False.
@@ -352,7 +358,9 @@ class DirectoryEngine:
 
         def read(stored: StoredCheckpoint) -> dict[str, Any]:
             tree = owned_tree(stored)
-            tensors = self.read_tensors(stored, references(tree))
+            wanted = references(tree)
+            room = spill and Spill(spill, sum(blob.bytes for blob in stored.head.blobs), 2 * len(wanted))
+            tensors = self.read_tensors(stored, wanted, empty=room.empty if room else None)
             state: dict[str, Any] = rebuild(tree, tensors.__getitem__, unpickle)
             return state
 
@@ -365,12 +373,14 @@ class DirectoryEngine:
         wanted: Iterable[Ref],
         into: Mapping[Ref, Sequence[torch.Tensor]] | None = None,
         located: Located | None = None,
+        empty: Empty | None = None,
     ) -> dict[Ref, torch.Tensor]:
         """Read tensors, each into those given for it, or into new memory.
 
         Args:
             into: tensors of the stored type and shape; of a DTensor the part is read that this rank holds.
             located: what was found out about the checkpoint before.
+            empty: makes the others, in C order; None: in new memory.
 
         Returns:
             For each the first one given for it, or the new one.
@@ -378,7 +388,7 @@ class DirectoryEngine:
         located = located or Located(stored, _distributed.rank())
         self._reading = stored
         try:
-            return read_tensors(stored, located, self._started(), wanted, into or {})
+            return read_tensors(stored, located, self._started(), wanted, into or {}, empty)
         finally:
             self._reading = None
 

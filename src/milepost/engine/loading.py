@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from milepost.format.boxes import Box
 from milepost.format.codec import TensorRef
 from milepost.format.regions import common, region
 
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+
 BOUNCE_BYTES = 64 << 20
 """Read for memory that bytes cannot be put into, such as a GPU's, before it is copied there. Two such may be held."""
 
@@ -26,8 +28,9 @@ BOUNCE_BYTES = 64 << 20
 class Loading:
     """Collects what is to be read, and then reads it: of each blob each piece once, whoever wants a part of it."""
 
-    def __init__(self, stored: StoredCheckpoint, located: Located) -> None:
+    def __init__(self, stored: StoredCheckpoint, located: Located, empty: Empty) -> None:
         self._stored = stored
+        self._empty = empty
         self._located = located
         self._wanted: dict[int, list[Destination]] = {}
         self._after: list[tuple[torch.Tensor, torch.Tensor]] = []  # (the live memory, what is read for it)
@@ -38,11 +41,11 @@ class Loading:
     def new(self, ref: Ref) -> torch.Tensor:
         """A whole tensor in new host memory."""
         dtype, shape = self._located.type_of(ref)
-        made = torch.empty(shape, dtype=dtype)
+        made = self._empty(shape, dtype)
         if isinstance(ref, TensorRef):
             index = self._stored.index(ref.blob)
             if (strides := index.strides.get(str(ref.row))) is not None:
-                final = torch.empty_strided(shape, tuple(strides), dtype=dtype)
+                final = _strided_like(self._empty(shape, dtype), tuple(strides))
                 self._after.append((final, made))
                 self._row(ref, made)
                 return final
@@ -126,16 +129,18 @@ def read_tensors(
     workers: Workers,
     wanted: Iterable[Ref],
     into: Mapping[Ref, Sequence[torch.Tensor]],
+    empty: Empty | None = None,
 ) -> dict[Ref, torch.Tensor]:
     """Read tensors, each into those given for it, or into new memory.
 
     Args:
         into: tensors of the stored type and shape, on any device, DTensors too.
+        empty: makes the others, in C order; None: in new memory.
 
     Returns:
         For each the first tensor given, or the new one.
     """
-    loading = Loading(stored, located)
+    loading = Loading(stored, located, empty or _new)
     found: dict[Ref, torch.Tensor] = {}
     for ref in wanted:
         given = into.get(ref)
@@ -149,6 +154,15 @@ def read_tensors(
             loading.run(workers)
     loading.finish(workers)
     return found
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _strided_like(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The memory of a dense tensor in C order, walked over otherwise."""
+    return tensor.as_strided(tensor.shape, strides)
 
 
 def _direct(tensor: torch.Tensor) -> bool:
