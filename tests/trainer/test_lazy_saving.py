@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from milepost import LightningModule, Trainer
-from milepost.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from milepost.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from milepost.engine.batch import Staging
 from milepost.engine.lazy import StepGate, changed_by_steps
 from milepost.errors import CheckpointSaveError
-from milepost.plugins import SnapshotCheckpointIO
+from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO
+from milepost.trainer.late_copies import DIRECT
 
 
 @pytest.fixture(autouse=True)
@@ -181,10 +182,74 @@ def test_the_copy_is_finished_before_a_hook_of_the_user(tmp_path: Path) -> None:
     assert len(io.list(tmp_path)) == 6
 
 
-def test_averages_are_put_in_and_out_of_the_weights_between_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "average", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)]
+)
+def test_averages_are_put_in_and_out_of_the_weights_between_saves(tmp_path: Path, average: Any) -> None:
     io = SnapshotCheckpointIO(lazy=True)
-    fit(tmp_path, Net(), io, EMAWeightAveraging(decay=0.5), val_check_interval=2)
+    fit(tmp_path, Net(), io, average(), val_check_interval=2)
     assert len(io.list(tmp_path)) == 6
+
+
+class Overrides(Net):
+    """Brings each hook that the loop calls between a save and the step, beside training_step and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1), "interval": "step"}]
+
+    def note(self, hook: str) -> None:
+        assert not self.trainer.late_copies.pending
+        self.called.add(hook)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.note("on_train_batch_start")
+
+    def optimizer_step(self, *args: Any) -> None:
+        self.note("optimizer_step")
+        super().optimizer_step(*args)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        self.note("optimizer_zero_grad")
+        super().optimizer_zero_grad(*args)
+
+    def configure_gradient_clipping(self, *args: Any) -> None:
+        self.note("configure_gradient_clipping")
+
+    def lr_scheduler_step(self, *args: Any) -> None:
+        self.note("lr_scheduler_step")
+        super().lr_scheduler_step(*args)
+
+
+HOOKS = {*DIRECT, "on_train_batch_start"}
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS))
+def test_before_each_overridden_hook_the_copy_is_finished(tmp_path: Path, hook: str) -> None:
+    only = type("Only", (Overrides,), {name: getattr(LightningModule, name) for name in HOOKS - {hook}})
+    net = only()
+    fit(tmp_path, net, SnapshotCheckpointIO(lazy=True))
+    assert net.called == {hook}
+
+
+def test_behind_async_checkpoint_io_any_plugin_is_lazy(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO(lazy=True)
+    held: list[bool] = []
+
+    class Looks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            held.append(self.trainer.late_copies.pending)
+            return super().training_step(batch, batch_idx)
+
+    net = Looks()
+    fit(tmp_path, net, io)
+    assert held == [False, True, True, True, True, True]
+    found = io.load_checkpoint(tmp_path / "step=6.ckpt")
+    assert same(found["state_dict"], dict(net.state_dict()))
 
 
 def optimizers_that_are_refused() -> dict[str, Any]:
