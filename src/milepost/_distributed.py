@@ -63,14 +63,14 @@ def start(backend: str, timeout: timedelta | None = None) -> None:
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if is_launched():
         store, place, ranks = next(rendezvous("env://", **options))
-        store = PrefixStore(_generation(), store)
+        store = PrefixStore(generation(), store)
     else:
         store, place, ranks = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=place, world_size=ranks, **options)
     atexit.register(stop)
 
 
-def _generation() -> str:
+def generation() -> str:
     """Tells the ranks that are started now from those before a restart.
 
     torchrun keeps one store for all of them (torch 2.13), in which new ranks would find where the dead ones listened.
@@ -78,6 +78,12 @@ def _generation() -> str:
     """
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return f"milepost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}"
+
+
+def store() -> Any:
+    """The rendezvous store of the process group, on a connection of its own."""
+    shared: Any = dist.distributed_c10d._get_default_store()
+    return shared.clone()
 
 
 def stop() -> None:

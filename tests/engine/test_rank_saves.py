@@ -23,9 +23,11 @@ from milepost.format.parts import parted
 from milepost.testing.faulty_store import Fault, FaultyStore
 
 
-def together(count: int, act: Callable[[int, Ranks], Any], deadline: float = 20.0) -> tuple[list[Any], Any]:
+def together(
+    count: int, act: Callable[[int, Ranks], Any], deadline: float = 20.0, store: Any = None
+) -> tuple[list[Any], Any]:
     """Run `act` as each of several ranks; what each returned or raised, and the store."""
-    store = dist.HashStore()
+    store = dist.HashStore() if store is None else store
     ends: list[Any] = [None] * count
 
     def run(rank: int) -> None:
@@ -237,6 +239,24 @@ def test_a_rank_that_does_not_come_is_named_after_the_deadline(tmp_path: Path, m
         assert isinstance(ends[rank], CheckpointSaveError) and ends[rank].rank == missing, ends
         assert "has not come to this save for 1 s" in str(ends[rank])
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_are_started_again_do_not_find_what_dead_ones_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun keeps one store for all starts. In the first one, one of two ranks has died before its first save."""
+
+    def act(rank: int, ranks: Ranks) -> None:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, state(rank), wait=True)
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    ends, store = together(2, lambda rank, ranks: act(rank, ranks) if rank == 0 else None, deadline=0.5)
+    assert isinstance(ends[0], CheckpointSaveError)
+    assert store.num_keys() > 1, "what it said is still there"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    raised(together(2, act, store=store)[0])
+    read(tmp_path / "step-00000001")
 
 
 def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class Ranks:
         self._store = store
         self._line: _Line | None = None
         self._lock = threading.Lock()
-        self._run = 0
+        self._place = ""
         self._counts: dict[str, int] = {}
 
     @classmethod
@@ -158,8 +158,9 @@ class Ranks:
             if self._line is None:
                 line = _Line(self._store)
                 # each start of a process group counts its ranks anew: keys of an earlier one are not taken for ours
-                before = line.ask(lambda store: store.add("milepost/ranks", 1), self.deadline_seconds) - 1
-                self._run = before // self.world_size
+                place = _distributed.generation()
+                before = line.ask(lambda store: store.add(f"{place}/ranks", 1), self.deadline_seconds) - 1
+                self._place = f"{place}/{before // self.world_size}"
                 self._line = line
         return self._line.ask(question, self.deadline_seconds)
 
@@ -414,7 +415,7 @@ class Meeting:
     # ---- the store -------------------------------------------------------------------------------------------------
 
     def _key(self, key: str) -> str:
-        return f"milepost/{self.ranks._run}/{self._name}/{key}"
+        return f"{self.ranks._place}/{self._name}/{key}"
 
     def _set(self, key: str, value: Any) -> None:
         data = msgspec.json.encode(value).decode()

@@ -146,7 +146,8 @@ class EvaluationLoop:
                 reading = dataloader_idx
             progress.is_last_batch = stream.is_last
             self._run_batch(batch, batch_idx, dataloader_idx, several, progress)
-            if trainer.received_sigterm:
+            # of several ranks that train, those that were sent no signal would go on without this one
+            if trainer.received_sigterm and (trainer.world_size == 1 or trainer.state.fn != "fit"):
                 raise SIGTERMException(trainer.signals.exit_status)
         values[reading] = trainer.metrics.end_loader()
         return values

@@ -137,7 +137,7 @@ class FitLoop:
             self._before = None
             return True
         except RuntimeError:
-            if not trainer.received_sigterm:
+            if not trainer.received_sigterm or trainer.world_size > 1:  # others may not be at this batch
                 raise
             # The signal went to the whole process group and has ended the workers. This batch was not begun.
             self._stop_for_signal()
@@ -195,7 +195,7 @@ class FitLoop:
         if trainer.should_stop:
             for logger in trainer.loggers:
                 logger.save()
-        if trainer.received_sigterm:
+        if trainer.stopping.due(progress.batch.total.ready, stepped=not self.pace.accumulating):
             self._stop_for_signal()
 
     def _validate(self) -> None:

@@ -51,6 +51,7 @@ def run(
     trainer.strategy.launch()
     trainer.strategy.connect(model)
     agree_on_versions(trainer)
+    trainer.stopping.begin()
     trainer.choose_ckpt_path(ckpt_path, model_provided=provided)
     begin_profile(trainer)
     try:

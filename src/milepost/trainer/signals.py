@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from milepost import _distributed
 from milepost.plugins.preemption import Preemption
 from milepost.trainer.places import requeue_directory
 
@@ -74,7 +75,7 @@ def save_for_requeue(trainer: Trainer) -> str | None:
         return None
     place = requeue_directory(trainer)
     earlier = _own(place)
-    path = _next_path(place, earlier)
+    path = _distributed.broadcast_object(_next_path(place, earlier))  # rank 0's: it may write while others look
     trainer.save_checkpoint(path).result()
     for old in earlier:
         if old != trainer.ckpt_path:

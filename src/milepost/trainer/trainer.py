@@ -31,6 +31,7 @@ from milepost.trainer.run import run
 from milepost.trainer.signals import SignalFlags
 from milepost.trainer.sources import has_loaders
 from milepost.trainer.state import dump_checkpoint
+from milepost.trainer.stopping import StopTogether
 from milepost.trainer.surface import TrainerState, TrainerSurface
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class Trainer(TrainerSurface):
         self.state = TrainerState()
         self.should_stop = False
         self.signals = SignalFlags(preemption)
+        self.stopping = StopTogether(self.signals)
         self._ckpt_path: str | None = None
         self._ckpt_path_set: str | None = None  # by the user, for the runs to come
         self.restored: dict[str, str] = {}  # what became of each part of the checkpoint
