@@ -60,7 +60,7 @@ class Cuda:
     def pin(self, memory: Memory) -> None:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(runtime.cudaHostRegister(memory.address, memory.size, 0)) == 0:  # else copies are staged by the driver
-            weakref.finalize(memory, runtime.cudaHostUnregister, memory.address)
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.address).atexit = False  # CUDA may be gone then
 
     def begin(self, transfers: Sequence[Transfer]) -> Fence:
         events = []
