@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from milepost.data.rng import RngState, derived_seed, isolated_rng, run_seed, seed_everything
+from milepost._distributed import OfAllRanks
+from milepost.data.rng import RandomState, RngState, derived_seed, isolated_rng, run_seed, seed_everything
 from milepost.errors import MisconfigurationException
 
 
@@ -87,3 +88,22 @@ def test_seed_everything_falls_back_to_zero_and_says_so(value: str | None, monke
         monkeypatch.delenv("PL_GLOBAL_SEED")
     with isolated_rng(), pytest.warns(UserWarning, match="PL_GLOBAL_SEED"):
         assert seed_everything() == 0
+
+
+def test_of_many_random_states_a_rank_takes_its_own_or_begins_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append((RandomState().state_dict(), torch.rand(2)))
+    all_ranks = OfAllRanks(tuple(state for state, _ in states))
+    drawn = []
+    for rank in range(4):
+        monkeypatch.setattr("milepost._distributed.rank", lambda rank=rank: rank)
+        for _ in range(2):
+            RandomState().load_state_dict(all_ranks)
+            drawn.append(torch.rand(2))
+    assert torch.equal(drawn[0], states[0][1]) and torch.equal(drawn[2], states[1][1])
+    assert all(torch.equal(drawn[n], drawn[n + 1]) for n in range(0, 8, 2))
+    assert len({tuple(each.tolist()) for each in drawn}) == 4

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from milepost import _distributed
 from milepost._distributed import OfAllRanks, PerRank
 from milepost.cli.main import main
+from milepost.data.rng import RandomState
 from milepost.engine.checkpointer import Checkpointer
 from milepost.engine.directory import DirectoryEngine
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
-from milepost.errors import CheckpointCorruptError, MilepostError
+from milepost.errors import CheckpointCorruptError, MilepostError, RankFailedError
 
 
 def path_of(folder: Path, saver: str, step: int = 2) -> Path:
@@ -113,6 +114,39 @@ def narrow_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return net, torch.optim.AdamW(net.parameters())
 
 
+def marks(folder: Path, layout: str) -> None:
+    """What each rank has of its own comes back to it; where another number of ranks saved, all of it."""
+    rank, found = _distributed.rank(), {}
+    for saver in ("single", "fsdp2", "fsdp4"):
+        state: dict[str, Any] = {"own": PerRank(None)}
+        with Checkpointer(folder / saver) as checkpointer:
+            checkpointer.restore(state, step=2)
+        found[saver] = repr(state["own"])
+    (folder / f"marks {rank}.json").write_text(json.dumps(found))
+    torch.manual_seed(100 + rank)
+    with Checkpointer(folder / "random") as checkpointer:
+        checkpointer.save(1, {"random": RandomState()}, wait=True)
+        drawn = torch.rand(3)
+        checkpointer.restore({"random": RandomState()})
+        assert torch.equal(torch.rand(3), drawn)
+    torch.save(drawn, folder / f"drawn {rank}.pt")
+
+
+def fewer(folder: Path, layout: str) -> None:
+    """Three of the four random states go on where they were; and then a rank does not come to a restore."""
+    rank = _distributed.rank()
+    with Checkpointer(folder / "random") as checkpointer:
+        checkpointer.restore({"random": RandomState()})
+    assert torch.equal(torch.rand(3), torch.load(folder / f"drawn {rank}.pt"))
+    torch.distributed.barrier()
+    with Checkpointer(folder / "random", rank_deadline_seconds=5.0) as checkpointer:
+        if rank != 2:
+            with pytest.raises(RankFailedError, match="rank 2 failed: it has not") as caught:
+                checkpointer.restore({"random": RandomState()})
+            assert caught.value.rank == 2
+        torch.distributed.barrier()
+
+
 def agree(folder: Path, layout: str) -> None:
     """All ranks together: of two checkpoints the newer is damaged where only one rank looks; what follows from it."""
     rank = _distributed.rank()
@@ -170,6 +204,8 @@ PHASES = [
     *((f"load: {name}", size, load) for name, size in matrix.LOADERS.items()),
     ("agree: fsdp4", 4, agree),
     ("moments: narrow", 4, narrow),
+    ("marks: fsdp4", 4, marks),
+    ("fewer: fsdp3", 3, fewer),
 ]
 
 
@@ -222,6 +258,15 @@ def test_each_rank_gets_its_own_values_and_another_number_of_ranks_gets_all(fold
     for rank, by_saver in results(folder, "fsdp4"):
         assert by_saver["fsdp2 tp2"]["own"] == repr(values[rank])
         assert by_saver["fsdp2"]["own"] == repr(OfAllRanks(tuple(values[:2])))
+
+
+def test_marked_values_are_given_as_they_were_saved(folder: Path) -> None:
+    values = [{"rank": rank, "random": torch.full((3,), rank)} for rank in range(4)]
+    for rank in range(4):
+        found = json.loads((folder / f"marks {rank}.json").read_text())
+        assert found["single"] == repr(PerRank(OfAllRanks((values[0],))))
+        assert found["fsdp2"] == repr(PerRank(OfAllRanks(tuple(values[:2]))))
+        assert found["fsdp4"] == repr(PerRank(values[rank]))
 
 
 def test_damage_that_one_rank_finds_sends_all_to_the_next_older_one(folder: Path) -> None:
