@@ -338,6 +338,9 @@ def test_two_ranks_save_and_one_two_and_three_load(tmp_path: Path, capsys: pytes
     assert own["deep"]["n"].values == (0, 1)
     assert main(["verify", str(tmp_path / "step-2"), str(tmp_path / "own")]) == 0
     assert main(["ls", str(tmp_path)]) == 0 and "loss=0.5" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "step-2"), str(tmp_path / "whole.ckpt")]) == 0
+    assert main(["diff", str(tmp_path / "step-2"), str(tmp_path / "whole.ckpt")]) == 0
+    torch.testing.assert_close(torch.load(tmp_path / "whole.ckpt")["model"], expected["model"], rtol=0, atol=0)
     for blob in (tmp_path / "step-2").glob("*.safetensors"):
         flip(blob)
         with pytest.raises(CheckpointException) as caught:
