@@ -29,6 +29,8 @@ from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.restore import collect, restore
 from milepost.errors import CheckpointCorruptError, MilepostError, RankFailedError
 
+pytestmark = pytest.mark.timeout(300)  # the launch that all tests share takes a minute of a busy machine
+
 
 def path_of(folder: Path, saver: str, step: int = 2) -> Path:
     return folder / saver / f"step-{step:08d}"
