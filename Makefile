@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-transformers test-xla demo lint clean
+.PHONY: test test-transformers test-xla test-deepspeed demo lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +37,21 @@ test-transformers: $(VENV)/.transformers
 test-xla: .venv-xla/.installed
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest tests/xla --timeout=600
 
+# DeepSpeed compiles an operation when it is first used, for a minute or two and with a C++ compiler: once, before the tests.
+.venv-deepspeed/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install --quiet torch==2.13.0 setuptools -c constraints.txt
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8 -c constraints.txt
+	.venv-deepspeed/bin/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+test-deepspeed: export PATH := $(CURDIR)/.venv-deepspeed/bin:$(PATH)
+test-deepspeed: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv-deepspeed/extensions
+test-deepspeed: export OMP_NUM_THREADS := 1
+test-deepspeed: .venv-deepspeed/.installed
+	DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node=1 tests/distributed/deepspeed_first_use.py
+	python -m pytest tests/distributed/test_deepspeed.py tests/distributed/test_deepspeed_config.py
+
 demo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits/demo.py --out demo-out
 
@@ -46,4 +61,4 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) .venv-xla demo-out
+	rm -rf $(VENV) .venv-xla .venv-deepspeed demo-out

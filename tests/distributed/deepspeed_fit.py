@@ -1,6 +1,6 @@
 """Runs of a Trainer with DeepSpeed on two ranks, for test_deepspeed.py.
 
-Usage: torchrun --nproc-per-node 2 deepspeed_fit.py {stages,killed,resumed} DIRECTORY
+Usage: torchrun --nproc-per-node 2 deepspeed_fit.py {stages,killed,resumed,single} DIRECTORY; for "single", on one rank
 """
 
 from __future__ import annotations
@@ -64,10 +64,20 @@ def _samples(count: int) -> TensorDataset:
     return TensorDataset(torch.randn(count, 7, generator=torch.Generator().manual_seed(count)))
 
 
+def _ranks() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
 def trainer_of(strategy: Any, folder: Path, **options: Any) -> milepost.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return milepost.Trainer(
-        strategy=strategy, accelerator="cpu", devices=2, max_epochs=2, default_root_dir=folder, **quiet, **options
+        strategy=strategy,
+        accelerator="cpu",
+        devices=_ranks(),
+        max_epochs=2,
+        default_root_dir=folder,
+        **quiet,
+        **options,
     )
 
 
@@ -128,6 +138,19 @@ def stages(root: Path) -> None:
     assert next(half.parameters()).dtype in (torch.float32, torch.bfloat16)
 
 
+def single(root: Path) -> None:
+    """One device without DeepSpeed goes on with the rest of the epoch; DeepSpeed on one rank says what it can take."""
+    for stage, io in ((1, Cupboard(root / "cupboard")), (3, SnapshotCheckpointIO())):
+        saved = str(root / f"stage{stage}" / "step=9.ckpt")
+        milepost.seed_everything(5)
+        net = Net()
+        trainer = trainer_of("auto", root / "single", plugins=io)
+        trainer.fit(net, ckpt_path=saved)
+        assert len(net.losses) == 6 and trainer.global_step == 15  # 24 of the 48 samples had been seen
+        with pytest.raises(ResumeError, match="ranks=2, and this run has ranks=1"):
+            trainer_of(DeepSpeedStrategy(stage=stage), root / "single", plugins=io).fit(Net(), ckpt_path=saved)
+
+
 class Deadly(TorchCheckpointIO):
     """Kills rank 1 in its part of the third save."""
 
@@ -153,6 +176,6 @@ def run(mode: str, root: Path) -> None:
 
 if __name__ == "__main__":
     mode, root = sys.argv[1], Path(sys.argv[2])
-    stages(root) if mode == "stages" else run(mode, root)
+    {"stages": stages, "single": single}.get(mode, lambda root: run(mode, root))(root)
     if mode == "stages":
         run("unbroken", root / "unbroken")

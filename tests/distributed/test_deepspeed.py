@@ -61,6 +61,7 @@ def test_trainer_runs_go_on_bit_for_bit_under_deepspeed_and_under_ddp(tmp_path: 
         assert resumed_losses == losses[6:]
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     single_device_reads(tmp_path)
+    launch("deepspeed_fit.py", "single", str(tmp_path), ranks=1)
 
 
 def single_device_reads(root: Path) -> None:
