@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from both_sides import BATCHES, LIGHTNINGS_OWN, assert_equal_state, fit
+from torch.optim.swa_utils import SWALR
 
 import milepost
 from milepost.callbacks import StochasticWeightAveraging
@@ -97,6 +98,9 @@ def test_each_goes_on_from_the_others_file(tmp_path: Path) -> None:
 
     whole = run(milepost, "ours")
     run(pl, "theirs")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    if "anneal_func" in SWALR(optimizer, 0.1).state_dict():
+        pytest.skip("with this torch Lightning pickles a function into its file, which is not loaded")
     assert_equal_state(run(milepost, "ours from theirs", "theirs"), whole)
     # Lightning does not resume this callback exactly (making the scheduler moves the restored learning rate), but it
     # goes on from our file just as it does from its own.

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR
 
 from milepost.callbacks.callback import Callback
 from milepost.callbacks.weight_averaging import without_trainer
-from milepost.core.schedules import SchedulerConfig
+from milepost.core.schedules import SchedulerConfig, scheduler_state
 from milepost.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class StochasticWeightAveraging(Callback):
         return {
             "n_averaged": 0 if self.n_averaged is None else int(self.n_averaged.item()),
             "latest_update_epoch": self._latest_update_epoch,
-            "scheduler_state": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scheduler_state": None if self._scheduler is None else scheduler_state(self._scheduler),
             "average_model_state": None if self._average_model is None else self._average_model.state_dict(),
         }
 

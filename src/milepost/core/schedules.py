@@ -17,3 +17,15 @@ class SchedulerConfig:
     reduce_on_plateau: bool = False
     monitor: str | None = None
     strict: bool = True
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """What a checkpoint gets of a learning-rate scheduler.
+
+    torch 2.9 puts the function that SWALR anneals by among its state, which is no data; later ones leave it out, and
+    it is made anew from the strategy's name.
+    """
+    state: dict[str, Any] = scheduler.state_dict()
+    if callable(state.get("anneal_func")):
+        state = {name: value for name, value in state.items() if name != "anneal_func"}
+    return state

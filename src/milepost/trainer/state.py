@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from milepost.core.schedules import scheduler_state
 from milepost.data.rng import RngState
 from milepost.errors import ResumeError
 from milepost.plugins.io import checkpoint_io as io_calls
@@ -89,7 +90,7 @@ def dump_checkpoint(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["optimizer_states"] = [
             trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
         ]
-        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        checkpoint["lr_schedulers"] = [scheduler_state(config.scheduler) for config in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[trainer.precision_plugin.state_key] = precision
         checkpoint["milepost"] = split_ranks({**standing.exact, **_beside_position(trainer)}, trainer.strategy)
