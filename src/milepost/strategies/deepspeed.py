@@ -235,6 +235,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             raise TypeError(f"storage_options={storage_options!r} is not supported with DeepSpeed. Leave it out.")
         assert self._files is not None
         self._share_buffers()
+        self._tell_of_gradients()
         beside = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         record = {**saving.gathered(beside), zero.LAYOUT: self._layout}
         weights = None if self.stage == 3 or self._exclude_frozen else checkpoint["state_dict"]
@@ -243,6 +244,16 @@ class DeepSpeedStrategy(ParallelStrategy):
                 stage, tag=_TAG, save_latest=False, exclude_frozen_parameters=self._exclude_frozen
             )
         return Completed(filepath)
+
+    def _tell_of_gradients(self) -> None:
+        trainer = self._lightning_module.trainer
+        in_engine = self.stage > 0 or self._precision.dtype is not torch.float32
+        if in_engine and trainer.fit_loop.gradients_pending:
+            trainer.warn_once(
+                "A checkpoint was saved inside accumulation: DeepSpeed keeps what it has added up to itself, so a run"
+                " that goes on from there steps with the gradients of the batches that follow only. Save at a"
+                " multiple of accumulate_grad_batches."
+            )
 
     def save_checkpoint_alone(self, checkpoint: dict[str, Any], filepath: str) -> Pending:
         if self.world_size == 1:
