@@ -25,7 +25,7 @@ from checkpoint.measuring import Figures
 MODES: dict[str, Callable[[Figures], None]] = {
     mode.__name__: mode
     for mode in (
-        saving.durable, saving.blocking, saving.lazy, loading.load, loading.one, sizes.small, sizes.reuse,
+        saving.durable, saving.blocking, saving.lazy, saving.plan, loading.load, loading.one, sizes.small, sizes.reuse,
         sizes.memory, sizes.ls, sizes.million,
     )
 }  # fmt: skip

@@ -10,7 +10,10 @@ from typing import Any
 from checkpoint import lazy_staging, peers
 from checkpoint.limits import Limits
 from checkpoint.measuring import THREADS, Figures, gpt2, remove, seconds, step, total_bytes
+from milepost.engine.collector import collector_paused
 from milepost.engine.directory import DirectoryEngine
+from milepost.engine.plan_memory import PlanMemory
+from milepost.engine.state import Flattened
 from milepost.engine.torch_file import THREADS as TORCH_FILE_THREADS
 from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
 
@@ -69,6 +72,26 @@ def blocking(figures: Figures) -> None:
     plugin.teardown()
     to_file.teardown()
     figures.fresh("saved")
+
+
+def plan(figures: Figures) -> None:
+    """What a save does before it copies: finding, naming and laying out the tensors, and with the plan known."""
+    state = gpt2(width=48)  # as many tensors as the large one, and as deep
+    memory = PlanMemory()
+
+    def milliseconds(plans: Callable[[Flattened], object]) -> float:
+        with collector_paused():  # as in a save
+            begin = time.thread_time()
+            flattened = Flattened(state)
+            plans(flattened)
+            return (time.thread_time() - begin) * 1000
+
+    milliseconds(memory.plans)
+    new = [milliseconds(lambda flattened: PlanMemory().plans(flattened)) for _ in range(figures.pairs)]
+    known = [milliseconds(memory.plans) for _ in range(figures.pairs)]
+    count = len(Flattened(state).tensors)
+    figures.number(f"a new structure of {count} tensors", new, "ms of processor")
+    figures.number("the same, its plan known", known, "ms of processor")
 
 
 def lazy(figures: Figures) -> None:
