@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from runs import QUIET, SAMPLES, Points, SaveAt, digest, fit, loaders, net_of
 
 import milepost
 from milepost.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from milepost.errors import MisconfigurationException
+from milepost.errors import MisconfigurationException, SIGTERMException
 from milepost.plugins import SnapshotCheckpointIO, TorchCheckpointIO
 from milepost.strategies import DDPStrategy
 from milepost.testing import run_ranks
@@ -135,6 +136,38 @@ def plugins_and_decisions(folder: Path) -> dict[str, Any]:
     return results
 
 
+class Signal(Callback):
+    """Sends one rank a signal inside a batch, and another one its first while they save, as a launcher may."""
+
+    def __init__(self, rank: int, batch: int, late: int | None) -> None:
+        self.rank, self.batch, self.late, self.stepping = rank, batch, late, False
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.stepping = True
+        if (trainer.global_rank, trainer.fit_loop.total_batch_idx) == (self.rank, self.batch):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_save_checkpoint(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_rank == self.late and self.stepping:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(folder: Path) -> dict[str, Any]:
+    """A signal to rank 1 alone, and one to rank 0 while they save; the run that goes on from what they have saved."""
+    results: dict[str, Any] = {}
+    for name, late in (("one", None), ("both", 0)):
+        place = folder / name
+        saver = ModelCheckpoint(dirpath=place, every_n_epochs=0)
+        try:
+            fit(place, saver, Signal(rank=1, batch=2, late=late), max_epochs=50)
+            status: Any = None
+        except SIGTERMException as error:
+            status = error.code
+        trainer, net = fit(place, ModelCheckpoint(dirpath=place, every_n_epochs=0), seed=90, ckpt_path="hpc")
+        results[name] = [status, [path.name for path in place.glob("*.ckpt")], len(net.losses), digest(trainer, net)]
+    return results
+
+
 def manual(folder: Path) -> Any:
     """Two optimizers, stepped by hand: the weights on this rank."""
 
@@ -158,6 +191,7 @@ def manual(folder: Path) -> Any:
 def all_on_one_rank(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"beside": beside_lightning(), "resumed": resumed(folder), "manual": manual(folder)}
+    results["stopped"] = stopped(folder)
     results.update(plugins_and_decisions(folder))
     results["rank"] = dist.get_rank()
     return results
@@ -246,6 +280,16 @@ def test_a_failed_save_is_one_on_every_rank(ranks: list[dict[str, Any]]) -> None
         assert len([name for name in rank["left"] if name.endswith(".ckpt")]) == 2
 
 
+@pytest.mark.parametrize("name", ["one", "both"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks: list[dict[str, Any]], name: str) -> None:
+    left = [rank["stopped"][name][2] for rank in ranks]
+    assert left[0] == left[1] and 0 < left[0] < 10
+    for rank in ranks:
+        status, files, _, end = rank["stopped"][name]
+        assert (status, files) == (128 + signal.SIGTERM, ["hpc_ckpt_local_1.ckpt"])
+        assert end == rank["resumed"]["whole"][1]
+
+
 def test_manual_optimization_keeps_the_ranks_together(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["manual"] == ranks[1]["manual"]
 
@@ -278,7 +322,7 @@ def test_a_test_runner_is_not_started_again(tmp_path: Path) -> None:
         ({"strategy": "single_device", "devices": 2}, "devices=1"),
         ({"devices": 0}, "devices=0"),
         ({"num_nodes": 0}, "num_nodes=0"),
-        ({"accelerator": "tpu"}, "accelerator='tpu'"),
+        ({"accelerator": "mps"}, "accelerator='mps'"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:

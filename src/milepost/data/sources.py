@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, IterDataPipe, TensorDataset, default_collate
 
+from milepost import _distributed
 from milepost.data.division import Division
 from milepost.data.indices import (
     SeededIndex,
@@ -26,6 +27,7 @@ from milepost.data.rng import derived_seed, seeded
 from milepost.data.workers import (
     EpochIndex,
     SkippedTurn,
+    Unterminated,
     WorkerBatch,
     WorkerCollate,
     WorkerDataset,
@@ -211,6 +213,9 @@ class TrackedLoader:
         loader = copy.copy(self.loader)
         fields = loader.__dict__  # DataLoader refuses plain assignment of these
         fields["_iterator"] = None
+        init = loader.worker_init_fn
+        if _distributed.world_size() > 1 and loader.num_workers:
+            init = fields["worker_init_fn"] = Unterminated(init)
         if not self.iterable or (self._in_workers):
             fields["batch_sampler" if self.batched else "sampler"] = _Indices(self)
         if self._in_workers:
@@ -218,7 +223,7 @@ class TrackedLoader:
             self._wrapper = WorkerDataset(self.loader.dataset, size)
             fields["dataset"] = self._wrapper
             fields["collate_fn"] = WorkerCollate(self.loader.collate_fn, self._wrapper)
-            fields["worker_init_fn"] = WorkerInit(self.loader.worker_init_fn)
+            fields["worker_init_fn"] = WorkerInit(init)
         fields["generator"] = torch.Generator()  # seeds the workers; the user's moves with the sampler alone
         self._copy = loader
         return loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,6 +117,21 @@ class WorkerCollate:
         batch = self._collate(samples)
         state = copy.deepcopy(inner.state_dict()) if is_stateful(inner) else None
         return WorkerBatch(batch, info.id, {"batches": dataset.batches, "dataset": state, "ended": dataset.ended})
+
+
+class Unterminated:
+    """Wraps the user's ``worker_init_fn`` where several ranks train: they stop at a step that all of them reach.
+
+    A launcher sends SIGTERM to whole process groups. Workers go when the process that they work for does.
+    """
+
+    def __init__(self, user_function: Callable[[int], None] | None) -> None:
+        self._user_function = user_function
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._user_function is not None:
+            self._user_function(worker)
 
 
 class WorkerInit:

@@ -29,9 +29,10 @@ class SignalFlags:
         self.preemption = preemption
         self._previous: dict[int, Any] = {}
         self.received: list[int] = []
+        self.told: list[int] = []  # those that another rank has received
 
     def __enter__(self) -> SignalFlags:
-        self.received = []
+        self.received, self.told = [], []
         if threading.current_thread() is threading.main_thread():
             for number in self.preemption.signals:
                 self._previous[number] = signal.signal(number, self._note)
@@ -56,26 +57,26 @@ class SignalFlags:
     @property
     def exit_status(self) -> int:
         """As a shell gives it: a job that was stopped must not look like one that is finished."""
-        return 128 + self.received[0]
+        return 128 + (self.received or self.told)[0]
 
     @property
     def requeue_asked(self) -> bool:
-        return any(number in self.preemption.requeue_signals for number in self.received)
+        return any(number in self.preemption.requeue_signals for number in (*self.received, *self.told))
 
 
 def save_for_requeue(trainer: Trainer) -> str | None:
     """Save where a signal has asked the run to stop; under SLURM queue the job again. Returns the path of the file.
 
-    Called at a step boundary. Once the file is durable, those that earlier stops of this job left are removed, save the
-    one that this run went on from. A Trainer without checkpointers saves only where its job is to be queued again.
+    Called at a step boundary, on many ranks at the same one. Once the file is durable, those that earlier stops of this
+    job left are removed, save the one that this run went on from. A Trainer without checkpointers saves only where its
+    job is to be queued again.
     """
     job = os.environ.get("SLURM_JOB_ID")
     requeue = job is not None and trainer.signals.requeue_asked and trainer.signals.preemption.requeue
     if not trainer.checkpoint_callbacks and not requeue:
         return None
     place = requeue_directory(trainer)
-    earlier = _own(place)
-    path = _distributed.broadcast_object(_next_path(place, earlier))  # rank 0's: it may write while others look
+    earlier, path = _distributed.on_rank_zero(lambda: _files(place))
     trainer.save_checkpoint(path).result()
     for old in earlier:
         if old != trainer.ckpt_path:
@@ -114,6 +115,12 @@ def _numbered(directory: str | os.PathLike[str], key: str) -> list[str]:
         return []
     numbered = ((match, entry) for entry in place.iterdir() if (match := pattern.fullmatch(entry.name)))
     return [str(entry) for match, entry in sorted(numbered, key=lambda pair: int(pair[0].group(1)))]
+
+
+def _files(place: str) -> tuple[list[str], str]:
+    """The files of earlier stops in `place`, and the path of the one to come."""
+    earlier = _own(place)
+    return earlier, _next_path(place, earlier)
 
 
 def _next_path(directory: str, earlier: list[str]) -> str:

@@ -54,5 +54,5 @@ class StopTogether:
         if batch <= last:
             return False
         if not self._signals.received:
-            self._signals.received.append(number)
+            self._signals.told.append(number)
         return True
