@@ -86,6 +86,25 @@ def store() -> Any:
     return shared.clone()
 
 
+def give_up(over: bool = True) -> None:
+    """An error ends what this rank does with the others: it waits for none of them for long any more.
+
+    Args:
+        over: False: a new run begins.
+    """
+    global _given_up
+    _given_up = over
+
+
+def patience(seconds: float) -> float:
+    """How long to wait for another rank that does not get on, which is `seconds` as long as all is well."""
+    return min(seconds, _HURRIED_SECONDS) if _given_up else seconds
+
+
+_given_up = False
+_HURRIED_SECONDS = 5.0
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if is_initialized():

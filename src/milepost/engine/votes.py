@@ -462,7 +462,7 @@ class _Watch:
 
     def look(self, missing: set[int]) -> None:
         """Raises RankFailure: one has not got on for the deadline."""
-        now, deadline = time.monotonic(), self._meeting.ranks.deadline_seconds
+        now, deadline = time.monotonic(), _distributed.patience(self._meeting.ranks.deadline_seconds)
         if now - self._looked < min(_PULSE_SECONDS, deadline / 4):
             return
         self._looked = now

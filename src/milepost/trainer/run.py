@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from milepost import _distributed
 from milepost.data.rng import isolated_rng, run_seed
 from milepost.errors import MisconfigurationException, ResumeError
 from milepost.trainer import assembly
@@ -52,6 +53,7 @@ def run(
     trainer.strategy.connect(model)
     agree_on_versions(trainer)
     trainer.stopping.begin()
+    _distributed.give_up(over=False)
     trainer.choose_ckpt_path(ckpt_path, model_provided=provided)
     begin_profile(trainer)
     try:
@@ -68,6 +70,8 @@ def run(
 
 def _tell_of(trainer: Trainer, error: BaseException) -> None:
     """Let callbacks save what they can. A failure in there never hides `error`; no collectives on this path."""
+    if trainer.world_size > 1:
+        _distributed.give_up()
     try:
         trainer.finish_staging()
         for callback in trainer.callbacks:
