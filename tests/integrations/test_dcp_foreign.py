@@ -162,6 +162,40 @@ def test_metadata_that_contradicts_itself_is_refused(tmp_path: Path, changes: di
         DistcpFiles(tmp_path)
 
 
+def endless() -> Any:
+    """A few hundred bytes of a pickle that are endless as text, and to be hashed."""
+    made: Any = ()
+    for _ in range(60):
+        made = (made, made)
+    return made
+
+
+def one_chunk(**changes: Any) -> dict[str, Any]:
+    size = torch.Size([4])
+    fields = {"properties": TensorProperties(torch.float32), "size": size, "chunks": [ChunkStorageMetadata(size, size)]}
+    return {"state_dict_metadata": {"w": TensorStorageMetadata(**{**fields, **changes})}}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"planner_data": {"w": endless()}},
+        {"planner_data": endless()},
+        {"state_dict_metadata": {"w": endless()}},
+        {"storage_data": {MetadataIndex("w", [0]): dcp.filesystem._StorageInfo(endless(), 0, 100)}},
+        {"storage_data": {MetadataIndex("w", [0]): dcp.filesystem._StorageInfo("f", endless(), 100)}},
+        {"storage_data": {MetadataIndex("w", [0]): dcp.filesystem._StorageInfo("f", 0, 100, endless())}},
+        one_chunk(size=endless()),
+        one_chunk(properties=TensorProperties(endless())),
+        one_chunk(chunks=endless()),
+    ],
+)
+def test_metadata_that_would_take_forever_is_refused_at_once(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointFormatError):
+        distcp.decode(described(**changes), "m")
+
+
 def test_a_size_that_no_file_can_hold_takes_no_memory(tmp_path: Path) -> None:
     size = torch.Size([1 << 40])
     huge = TensorStorageMetadata(TensorProperties(torch.float32), size, [ChunkStorageMetadata(torch.Size([0]), size)])
