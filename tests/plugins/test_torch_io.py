@@ -54,6 +54,23 @@ def checkpoint(**more: Any) -> dict[str, Any]:
     return {"global_step": 7, "state_dict": {"a": tied, "b": tied, "c": torch.ones(3)}, **more}
 
 
+def test_large_tensors_can_be_mapped_from_the_file_that_was_verified(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    saved = {"large": torch.arange(2.0**16), "small": [torch.arange(3.0)]}
+    TorchCheckpointIO().save_checkpoint(saved, path)
+    loaded = TorchCheckpointIO().load_checkpoint(path, mapped=True)
+    path.unlink()
+    maps = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line
+    ]
+
+    def is_mapped(tensor: torch.Tensor) -> bool:
+        return any(int(start, 16) <= tensor.data_ptr() < int(stop, 16) for start, stop in maps)
+
+    assert torch.equal(loaded["large"], saved["large"]) and torch.equal(loaded["small"][0], saved["small"][0])
+    assert is_mapped(loaded["large"]) and not is_mapped(loaded["small"][0])
+
+
 def test_torch_reads_the_file_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.ckpt"
     TorchCheckpointIO().save_checkpoint(checkpoint(), path)

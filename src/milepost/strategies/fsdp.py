@@ -178,6 +178,9 @@ class FSDPStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Everything is in its place since `shard`."""
 
+    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.load_mapped(checkpoint_path, weights_only)
+
     def before_evaluation(self) -> None:
         self.broadcast_tensors(self._lightning_module.buffers())
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from milepost import _distributed
 from milepost.errors import MisconfigurationException
+from milepost.plugins.io import checkpoint_io as io_calls
 from milepost.strategies.devices import Placement, place
 from milepost.strategies.launch import relaunch
 from milepost.strategies.sharding import is_spread
@@ -82,6 +83,11 @@ class ParallelStrategy(Strategy):
                 dist.broadcast(whole, src=0)
                 if whole.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(whole)
+
+    def load_mapped(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+        """Read a checkpoint of which each rank needs a part; what is not used is not read, where the plugin can."""
+        loaded: dict[str, Any] = io_calls.load(self.checkpoint_io, path, weights_only=weights_only, mapped=True)
+        return loaded
 
     def launch(self) -> None:
         """Join the other ranks; where nobody has started them, start them: then this does not return."""

@@ -79,15 +79,17 @@ def staged(io: Any) -> None:
         offered()
 
 
-def load(io: Any, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Load through `io`; `map_location` and `weights_only` go by name and only to plugins that take them.
+def load(
+    io: Any, path: Any, map_location: Any = None, weights_only: bool | None = None, mapped: bool | None = None
+) -> dict[str, Any]:
+    """Load through `io`; `map_location`, `weights_only` and `mapped` go by name and only to plugins that take them.
 
     Raises:
         CheckpointFormatError: the plugin returned something that is no dict, such as None.
     """
     if parts.is_there(io, path):
         return whole(io, path, weights_only)
-    return raw.load(io, path, map_location, weights_only)
+    return raw.load(io, path, map_location, weights_only, mapped)
 
 
 def remove(io: Any, path: Any) -> None:

@@ -79,13 +79,15 @@ def copies_later(io: Any) -> bool:
     return offered(io, "staged") is not None and "optimizers" in inspect.signature(io.save_checkpoint).parameters
 
 
-def load(io: Any, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Load through `io`; `map_location` and `weights_only` go by name and only to plugins that take them.
+def load(
+    io: Any, path: Any, map_location: Any = None, weights_only: bool | None = None, mapped: bool | None = None
+) -> dict[str, Any]:
+    """Load through `io`; `map_location`, `weights_only` and `mapped` go by name and only to plugins that take them.
 
     Raises:
         CheckpointFormatError: the plugin returned something that is no dict, such as None.
     """
-    given = {"map_location": map_location, "weights_only": weights_only}
+    given = {"map_location": map_location, "weights_only": weights_only, "mapped": mapped}
     accepted = {name: value for name, value in given.items() if value is not None and _takes(io.load_checkpoint, name)}
     loaded = io.load_checkpoint(path, **accepted)
     if not isinstance(loaded, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,10 +71,13 @@ class TorchCheckpointIO(CheckpointIO):
                 " weights_only=False, which runs code.",
             )
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None, *, mapped: bool = False
+    ) -> dict[str, Any]:
         """Verify the file and load it; tensors go to the CPU unless `map_location` says otherwise.
 
         Args:
+            mapped: large tensors are not read, but mapped from the file: a part of one is read where it is used.
             path: the file, or an open one. One that stands at its beginning and can be read twice is verified too.
 
         Raises:
@@ -90,6 +94,9 @@ class TorchCheckpointIO(CheckpointIO):
         with path.open("rb") as file:
             sealed.verify(file, str(path))
             file.seek(0)
+            if mapped and map_location is None and sys.platform == "linux":
+                loaded: dict[str, Any] = _without_small_maps(_load(file, str(path), None, weights_only, mapped=True))
+                return loaded
             return _load(file, str(path), map_location, weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -137,11 +144,32 @@ def _can_seek(file: Any) -> bool:
         return False
 
 
-def _load(file: Any, name: str, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+def _without_small_maps(value: Any) -> Any:
+    """`value` with small tensors in memory of their own: they may be kept for longer than the file."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.nbytes <= _MAPPED_BYTES else value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _without_small_maps(item)
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_small_maps, value))
+    return value
+
+
+_MAPPED_BYTES = 2**16
+
+
+def _load(
+    file: Any, name: str, map_location: Any, weights_only: bool | None, *, mapped: bool = False
+) -> dict[str, Any]:
     safe = weights_only is not False
     try:
         unpickler = None if safe else foreign_pickle
-        loaded = torch.load(file, map_location=map_location or "cpu", pickle_module=unpickler, weights_only=safe)
+        source: Any = f"/proc/self/fd/{file.fileno()}" if mapped else file  # the very file that was verified
+        loaded = torch.load(
+            source, map_location=map_location or "cpu", pickle_module=unpickler, weights_only=safe, mmap=mapped
+        )
     except Exception as error:
         file.seek(0)
         if safe and (refused := torch_zip.refused_value(file)):
