@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 
 from milepost import Checkpointer, PerRank
 from milepost.engine.reader import StoredCheckpoint
@@ -283,3 +284,26 @@ def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:
     ends, _ = together(2, act)
     assert raised(ends) == [[True, False]] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_what_one_rank_writes_stays_as_it_was(tmp_path: Path) -> None:
+    """Digests of the files as they were before ranks could save together; the head, which bears the time, apart."""
+    live = {
+        "model": {"w": torch.arange(600_000.0).reshape(600, 1000), "b": torch.arange(7)},
+        "extra": {"c": torch.zeros(3, dtype=torch.complex128), "n": (1, {2: b"x"}), "lr": float("inf")},
+        "images": torch.arange(120.0).reshape(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    }
+    with Checkpointer(tmp_path, background=False, ranks=None) as c:
+        c.save(1, live)
+    files = {path.name: path.read_bytes() for path in sorted((tmp_path / "step-00000001").iterdir())}
+    del files["manifest.json"]
+    assert {name: xxhash.xxh3_64_hexdigest(data) for name, data in files.items()} == DIGESTS
+
+
+DIGESTS = {
+    "model.index.json": "7fa15b7752ab326c",
+    "model.safetensors": "22a6ad76126e4afd",
+    "rest.index.json": "1e629f9296d8d672",
+    "rest.safetensors": "b6f0a73d0eb28e4d",
+    "tree.json": "9188b81e90014b0b",
+}
