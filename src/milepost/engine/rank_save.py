@@ -48,8 +48,12 @@ class Watched:
         """Let the next call fail: nobody wants any more what is being written."""
         self._reason = reason
 
-    def _called(self) -> None:
+    def get_on(self) -> None:
+        """Count up: something was done that needed no call."""
         self.count += 1  # threads may count over each other: it need only change
+
+    def _called(self) -> None:
+        self.get_on()
         if self._reason is not None:
             raise InterruptedError(f"stopped: {self._reason}")
 
@@ -117,7 +121,7 @@ class RankSaving:
         meeting: Meeting,
     ) -> None:
         self._store = Watched(store)
-        self._saving = Saving(self._store, workers, plans, images, last)
+        self._saving = Saving(self._store, workers, plans, images, last, self._store.get_on)
         self._flattened = flattened
         self._blobs = blobs
         self._meeting = meeting

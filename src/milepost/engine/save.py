@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ class Saving:
         plans: with this save's tensors.
         images: for each plan its bytes: staged, or still in the tensors.
         last: what may be linked.
+        got_on: called, by any thread, whenever a little was read or compared, for which the store is not called.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class Saving:
         plans: Sequence[BlobPlan],
         images: Sequence[Image],
         last: Committed | None,
+        got_on: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
+        self._got_on = got_on
         self._workers = workers
         self._plans = plans
         self._images = images
@@ -137,7 +140,7 @@ class Saving:
         base = earlier[0]
         if base.blob.saves >= planner.MAX_LINKS or self._mostly_changed(plan, image, base):
             return whole
-        digests = digests_of(image, self._workers)
+        digests = digests_of(image, self._workers, self._got_on)
         pieces = planner.changed_pieces(base.index, digests)
         base_name, delta_name = planner.delta_names(plan)
         if not self._sound(base):
@@ -154,7 +157,7 @@ class Saving:
         link = None
         if len(earlier) > 1 and planner.same_structure(delta, earlier[1].index):
             again = earlier[1].blob.saves < planner.MAX_LINKS and self._sound(earlier[1])
-            if again and digests_of(delta_image, self._workers) == earlier[1].index.digests:
+            if again and digests_of(delta_image, self._workers, self._got_on) == earlier[1].index.digests:
                 link = earlier[1]
         return [_Part(base_name, plan, image, base), _Part(delta_name, delta, delta_image, link, tuple(rows))]
 
@@ -170,13 +173,14 @@ class Saving:
         return same < len(places) / 4
 
     def _equal(self, stored: int, image: Image, start: int, stop: int) -> bool:
+        self._got_on()
         return os.pread(stored, stop - start, start) == image.view(start, stop, self._workers.buffer())[: stop - start]
 
     def _changed_rows(self, plan: BlobPlan, image: Image, base: Earlier, pieces: list[int]) -> list[int] | None:
         with _reading(base.path) as stored:
             if stored < 0:
                 return None
-            compared = _PieceComparison(stored, image, self._workers.buffer())
+            compared = _PieceComparison(stored, image, self._workers.buffer(), self._got_on)
             return planner.changed_entries(plan.layout.entries, pieces, PIECE_BYTES, compared.equal)
 
     def _sound(self, earlier: Earlier) -> bool:
@@ -190,6 +194,7 @@ class Saving:
                 expected = earlier.index.digests[32 * first : 32 * (first + piece_count(len(data)))]
                 if piece_digests(data) != expected:
                     return False
+                self._got_on()
             return True
         return False
 
@@ -298,8 +303,9 @@ def new_head(step: int, metrics: Mapping[str, float], world_size: int, blobs: li
 class _PieceComparison:
     """Compares ranges with the stored bytes; each piece is read once for all the tensors in it, which come in order."""
 
-    def __init__(self, stored: int, image: Image, buffer: memoryview) -> None:
+    def __init__(self, stored: int, image: Image, buffer: memoryview, got_on: Callable[[], None]) -> None:
         self._stored = stored
+        self._got_on = got_on
         self._image = image
         self._buffer = buffer
         self._begin = -1
@@ -313,6 +319,7 @@ class _PieceComparison:
             end = min(begin + PIECE_BYTES, self._image.size)
             self._begin, self._old = begin, os.pread(self._stored, end - begin, begin)
             self._new = self._image.view(begin, end, self._buffer)
+            self._got_on()
         return self._old[start - begin : stop - begin] == self._new[start - begin : stop - begin]
 
 

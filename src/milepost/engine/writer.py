@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
@@ -114,11 +114,13 @@ def piece_digests(data: memoryview) -> str:
     )
 
 
-def digests_of(image: Image, workers: Workers) -> str:
-    """The digests of a whole image, nothing written."""
+def digests_of(image: Image, workers: Workers, got_on: Callable[[], None] = lambda: None) -> str:
+    """The digests of a whole image, nothing written; `got_on` is called after each chunk, by any thread."""
 
     def one(start: int) -> str:
         stop = min(start + CHUNK_BYTES, image.size)
-        return piece_digests(image.view(start, stop, workers.buffer()))
+        found = piece_digests(image.view(start, stop, workers.buffer()))
+        got_on()
+        return found
 
     return "".join(workers.pool.map(one, range(0, image.size, CHUNK_BYTES)))
