@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from milepost import Checkpointer
+from milepost.engine.planner import plan_blob
+from milepost.engine.requests import Leaf
 from milepost.engine.retention import KeepBest, KeepEvery, KeepNewest
 from milepost.errors import (
     CheckpointCorruptError,
@@ -18,6 +20,7 @@ from milepost.errors import (
     CheckpointRemoveError,
     MisconfigurationException,
     ResumeError,
+    UnencodableValueError,
 )
 from milepost.storage.store import LocalStore
 
@@ -261,3 +264,24 @@ def test_ranking_needs_a_metric(tmp_path: Path) -> None:
         Checkpointer(tmp_path, keep=KeepNewest(1) | KeepBest(1))
     with pytest.raises(MisconfigurationException, match="mode='largest'"):
         Checkpointer(tmp_path, mode="largest")  # type: ignore[arg-type]
+
+
+def test_groups_whose_tensors_have_the_same_dotted_name_keep_their_own_bytes(tmp_path: Path) -> None:
+    state = {
+        "model": {"w": torch.ones(3)}, "a": {"b.c": torch.arange(4.0), "b.c#2": torch.full((4,), 5.0)},
+        "a.b": {"c": torch.arange(4.0) + 10}, "a.b.c": torch.tensor(7), "z": {"c": torch.arange(2)},
+    }  # fmt: skip
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):  # the second one is planned out of memory
+            checkpointer.save(step, state, wait=True)
+            found = checkpointer.load(step)
+            assert torch.equal(found["a"]["b.c"], state["a"]["b.c"])
+            assert torch.equal(found["a"]["b.c#2"], state["a"]["b.c#2"])
+            assert torch.equal(found["a.b"]["c"], state["a.b"]["c"])
+            assert found["a.b.c"] == 7 and found["z"]["c"].tolist() == [0, 1]
+
+
+def test_a_plan_does_not_write_one_tensor_under_the_name_of_another() -> None:
+    leaves = [Leaf(number, "", "w", "F32", (2,)) for number in range(2)]
+    with pytest.raises(UnencodableValueError, match=r"'w'"):
+        plan_blob("model.safetensors", "", leaves)

@@ -307,3 +307,17 @@ DIGESTS = {
     "rest.safetensors": "b6f0a73d0eb28e4d",
     "tree.json": "9188b81e90014b0b",
 }
+
+
+def test_values_of_each_rank_with_the_same_dotted_name_keep_their_own_bytes(tmp_path: Path) -> None:
+    def act(rank: int, ranks: Ranks) -> None:
+        mine = {"a": PerRank({"b.c": torch.full((2,), rank)}), "a.b": PerRank({"c": torch.full((2,), 10 + rank)})}
+        shared = {"x": {"y.z": torch.ones(2)}, "x.y": {"z": torch.zeros(2)}}
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, {"model": {"w": torch.ones(3)}, **mine, **shared})
+
+    raised(together(2, act)[0])
+    found, trees = read(tmp_path / "step-00000001")
+    assert found["x"]["y.z"].tolist() == [1, 1] and found["x.y"]["z"].tolist() == [0, 0]
+    for rank, (first, second) in enumerate(trees):
+        assert first["b.c"].tolist() == [rank] * 2 and second["c"].tolist() == [10 + rank] * 2

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from milepost.engine.requests import BlobPlan, Leaf
+from milepost.engine.requests import BlobPlan, Leaf, unique
+from milepost.errors import UnencodableValueError
 from milepost.format.layout import ITEM_BYTES, TensorEntry, lay_out, pieces_of
 from milepost.format.manifest import Blob, Index
 
@@ -50,8 +52,9 @@ def files_of(leaves: Sequence[Leaf]) -> list[tuple[str, str, list[Leaf]]]:
     for leaf in leaves:
         groups.setdefault(leaf.group, []).append(leaf)
     own = _own_files(groups)
+    names: set[str] = set()
     rest = [
-        replace(leaf, name=f"{group}.{leaf.name}")
+        replace(leaf, name=unique(f"{group}.{leaf.name}", names))
         for group, members in groups.items()
         if group not in own
         for leaf in members
@@ -78,6 +81,12 @@ def plan_blob(name: str, group: str, leaves: Sequence[Leaf], metadata: Mapping[s
     """The plan of one blob. `metadata` goes into its header."""
     layout = lay_out([(leaf.name, leaf.dtype, leaf.shape) for leaf in leaves], metadata)
     by_name = {leaf.name: leaf for leaf in leaves}
+    if len(by_name) != len(leaves):
+        twice = sorted({name for name, count in Counter(leaf.name for leaf in leaves).items() if count > 1})
+        raise UnencodableValueError(
+            f"Several tensors of {name} have the name {twice[0]!r}. Rename the keys that it is made of.",
+            key_path=twice[0],
+        )
     return BlobPlan(name, group, layout, tuple(by_name[entry.name] for entry in layout.entries))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from milepost.engine import planner
 from milepost.engine.rank_plan import RankPlan, Share, Tensor, described, digest
-from milepost.engine.requests import BlobPlan, Leaf
+from milepost.engine.requests import BlobPlan, Leaf, unique
 from milepost.engine.state import Flattened, torch_type
 from milepost.errors import UnencodableValueError
 from milepost.format.boxes import Box, part_name
@@ -56,7 +56,10 @@ class RankBlobs:
         self._shares = self.plan.shares(rank)
         self._cut_out = [self._held(share) for share in self._shares]
         mine = [flattened.leaves[number] for number in sorted(own)]
-        self._mine = [replace(leaf, name=f"{leaf.group}.{leaf.name}" if leaf.group else leaf.name) for leaf in mine]
+        names: set[str] = set()
+        self._mine = [
+            replace(leaf, name=unique(f"{leaf.group}.{leaf.name}" if leaf.group else leaf.name, names)) for leaf in mine
+        ]
         self.own = {leaf.number: len(self._shares) + n for n, leaf in enumerate(self._mine)}
         self.plans = self._blobs()
 

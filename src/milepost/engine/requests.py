@@ -47,6 +47,15 @@ class Leaf:
     part_of: tuple[str, tuple[int, ...], tuple[int, ...]] | None = None
 
 
+def unique(name: str, taken: set[str]) -> str:
+    """`name`, or one like it that is not among those `taken`, and is from now on."""
+    free, number = name, 2
+    while free in taken:  # the keys "a.b" and "a", "b" give one name
+        free, number = f"{name}#{number}", number + 1
+    taken.add(free)
+    return free
+
+
 @dataclass(frozen=True, slots=True)
 class BlobPlan:
     """A blob to write: its layout, and for each entry of it the leaf that it comes from, and the tensor of this save.

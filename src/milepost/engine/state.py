@@ -14,7 +14,7 @@ import torch
 
 from milepost._distributed import OfAllRanks, PerRank
 from milepost.engine import value_classes, value_forms
-from milepost.engine.requests import Leaf
+from milepost.engine.requests import Leaf, unique
 from milepost.engine.spread import Sharded, Spreads, is_dtensor, local_tensor
 from milepost.errors import CheckpointFormatError, UnencodableValueError, UnsafeCheckpointError
 from milepost.format.boxes import Box
@@ -82,7 +82,7 @@ class Flattened:
         for number, place in enumerate(self._first):
             group, name = _names(self._paths[place])
             names = taken.setdefault(group, set()) if place not in self._own else own_names.setdefault(group, set())
-            found.append(_leaf(number, self._found[place], group, _unique(name, names)))
+            found.append(_leaf(number, self._found[place], group, unique(name, names)))
         return found
 
     @property
@@ -201,14 +201,6 @@ def _names(path: Path) -> tuple[str, str]:
 def _dotted(path: Path) -> str:
     group, name = _names(path)
     return f"{group}.{name}" if group else name
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    unique, number = name, 2
-    while unique in taken:  # the keys "a.b" and "a", "b" give one name
-        unique, number = f"{name}#{number}", number + 1
-    taken.add(unique)
-    return unique
 
 
 def _checked(tensor: torch.Tensor, path: Path) -> torch.Tensor:
