@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -114,11 +115,18 @@ def test_what_has_no_choice_is_counted_before_what_has() -> None:
 
 def test_the_digest_tells_structures_apart_and_the_difference_names_them() -> None:
     one = [tensor("a", (4, 4)), tensor("b", (2,), mesh((4,), (0, 0)))]
-    assert digest(one, 1) == digest([tensor("a", (4, 4)), tensor("b", (2,), mesh((4,), (0, 0)))], 1)
+    assert digest(one) == digest([tensor("a", (4, 4)), tensor("b", (2,), mesh((4,), (0, 0)))])
     for other in ([*one, tensor("c", ())], one[::-1], [one[0], tensor("b", (2,), None)], [tensor("a", (4, 5)), one[1]]):
-        assert digest(one, 1) != digest(other, 1)
+        assert digest(one) != digest(other)
         assert difference(described(one), described(other))
-    assert digest(one, 1) != digest(one, 2)
+    for values, said in (
+        ([], "it lacks the PerRank value 'x'"),
+        (["y", "x"], "in the order of"),
+        (["x"], "lacks .*'y'"),
+    ):
+        own = ["x", "y"] if values else ["x"]
+        assert digest(one, values) != digest(one, own)
+        assert re.search(said, difference(described(one, own), described(one, values)))
     assert difference(described(one), described([tensor("a", (4, 5)), tensor("c", ())])) == (
         "it lacks 'b'; it alone has 'c'; it has otherwise 'a'"
     )

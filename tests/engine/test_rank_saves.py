@@ -214,6 +214,35 @@ def test_a_state_that_differs_is_refused_on_all_with_the_names(tmp_path: Path) -
     assert not list(tmp_path.glob("step*"))
 
 
+def test_values_of_each_rank_at_other_places_are_refused_with_their_places(tmp_path: Path) -> None:
+    """The tree refers to them by number: two ranks that number them otherwise would get each other's."""
+
+    def act(rank: int, ranks: Ranks) -> None:
+        own = {f"seed{rank}": PerRank(rank), "position": PerRank(7)}
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, {"model": torch.zeros(2), "own": own}, wait=True)
+
+    ends, _ = together(2, act)
+    for end in ends:
+        assert isinstance(end, CheckpointSaveError) and "it lacks the PerRank value 'own.seed0'" in str(end)
+    assert not list(tmp_path.glob("step*"))
+
+
+def test_a_kept_plan_is_not_used_for_other_values_of_each_rank(tmp_path: Path) -> None:
+    """Values without tensors leave no trace among the tensors, but the plan says which there are."""
+
+    def act(rank: int, ranks: Ranks) -> None:
+        model = torch.zeros(2)
+        with Checkpointer(tmp_path, ranks=ranks, threads=1) as c:
+            c.save(1, {"model": model})
+            c.save(2, {"model": model, "position": PerRank(7 + rank)})
+            c.save(3, {"model": model, "a": PerRank(rank), "position": PerRank(9)})
+
+    raised(together(2, act)[0])
+    trees = [read(tmp_path / f"step-0000000{step}")[1] for step in (2, 3)]
+    assert trees == [[[7], [8]], [[0, 9], [1, 9]]]
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_value_that_is_no_data_on_one_rank_is_told_to_the_other(tmp_path: Path, failing: int) -> None:
     def act(rank: int, ranks: Ranks) -> None:

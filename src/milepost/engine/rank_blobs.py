@@ -32,6 +32,7 @@ class RankBlobs:
 
     Attributes:
         digest: equal on all ranks that save the same structure.
+        values: key paths of the values that are each rank's own.
         plans: of the blobs that this rank writes; unbound.
         numbers: from the leaves of the state to the tensors of the plan; those of this rank's own values apart.
         own: from those to the leaves of `plans`.
@@ -49,7 +50,7 @@ class RankBlobs:
         self._kinds = {leaf.number: torch_type(flattened.tensors[leaf.number], leaf) for leaf in shared}
         self.numbers = {leaf.number: number for number, leaf in enumerate(shared)}
         structure = [self._tensor(name, leaf) for name, leaf in self._leaves]
-        self.values = flattened.own_values
+        self.values = tuple(flattened.own_paths)
         self.digest = digest(structure, self.values)
         self.plan = RankPlan(structure, world_size)
         self._check_held(flattened)
@@ -66,7 +67,7 @@ class RankBlobs:
     @cached_property
     def structure(self) -> list[list[Any]]:
         """As plain data, to be compared with another rank's."""
-        return described(self.plan.structure)
+        return described(self.plan.structure, self.values)
 
     def bound(self, flattened: Flattened) -> list[BlobPlan]:
         """The plans with the tensors of this save."""

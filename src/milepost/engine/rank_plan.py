@@ -64,37 +64,43 @@ class Tensor(NamedTuple):
     spread: Spread | None
 
 
-def described(structure: Sequence[Tensor]) -> list[list[Any]]:
-    """The structure as plain data, which ranks compare."""
+def described(structure: Sequence[Tensor], values: Sequence[str] = ()) -> list[list[Any]]:
+    """The structure as plain data, which ranks compare. Values that are each rank's own come last, as of no file."""
     spreads = {tensor.spread: repr(tensor.spread) for tensor in structure}  # there are few, and they can be long
-    return [[t.file, t.name, t.dtype, list(t.shape), spreads[t.spread]] for t in structure]
+    tensors = [[t.file, t.name, t.dtype, list(t.shape), spreads[t.spread]] for t in structure]
+    return tensors + [[None, path] for path in values]
 
 
-def digest(structure: Sequence[Tensor], values: int) -> str:
+def digest(structure: Sequence[Tensor], values: Sequence[str] = ()) -> str:
     """Equal on all ranks that mean the same.
 
     Args:
-        values: how many values are each rank's own.
+        values: key paths of those that are each rank's own: the tree refers to them by their numbers in this order.
     """
     spreads: dict[Spread | None, int] = {}
     rows = [(*tensor[:6], spreads.setdefault(tensor.spread, len(spreads))) for tensor in structure]
-    return hashlib.blake2b(repr((rows, list(spreads), values)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr((rows, list(spreads), list(values))).encode(), digest_size=16).hexdigest()
 
 
 def difference(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> str:
     """How the structure `other` differs from `one`, in a few words; both as `described` gives them."""
     first, second = ({(t[0], t[1]): list(t[2:]) for t in structure} for structure in (one, other))
     cases = {
-        "it lacks": [name for file, name in first if (file, name) not in second],
-        "it alone has": [name for file, name in second if (file, name) not in first],
-        "it has otherwise": [key[1] for key in first if key in second and first[key] != second[key]],
+        "it lacks": [key for key in first if key not in second],
+        "it alone has": [key for key in second if key not in first],
+        "it has otherwise": [key for key in first if key in second and first[key] != second[key]],
     }
     said = [
-        f"{what} {', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in cases.items()
-        if names
+        f"{what} {', '.join(map(_called, keys[:3]))}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for what, keys in cases.items()
+        if keys
     ]
-    return "; ".join(said) or "in the order of its tensors or the number of its own values"
+    return "; ".join(said) or "in the order of its tensors or of its PerRank values"
+
+
+def _called(key: tuple[str | None, str]) -> str:
+    file, name = key
+    return f"the PerRank value {name!r}" if file is None else repr(name)
 
 
 class _Shape:

@@ -49,6 +49,7 @@ class Flattened:
 
     Attributes:
         tensors: of each leaf, what its bytes are taken from; of one that several ranks have parts of, this rank's.
+        own_paths: key paths of the values that are this rank's own, in the order in which the tree counts them.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Flattened:
         self._own: set[int] = set()  # places inside of values that are this rank's own
         self._inside = False
         self._own_values: list[Any] = []
+        self.own_paths: list[str] = []
         self._found: list[torch.Tensor] = []  # kept, so that no storage is freed, and its address used again
         self._paths: list[Path] = []
         self._tree = {key: self._walk(value, (None, str(key)), 0) for key, value in state.items()}
@@ -71,7 +73,8 @@ class Flattened:
     def structure(self) -> Any:
         """All that the leaves and their plans depend on: equal for two states that differ in values and addresses."""
         tensors = [(t.dtype, t.shape, t.stride()) for t in self._found]
-        return self._paths, tensors, self._numbers, {n: found[:2] for n, found in self._sharded.items()}, self._own
+        spreads = {n: found[:2] for n, found in self._sharded.items()}
+        return self._paths, tensors, self._numbers, spreads, self._own, self.own_paths
 
     @cached_property
     def leaves(self) -> list[Leaf]:
@@ -94,11 +97,6 @@ class Flattened:
     def own(self) -> set[int]:
         """The leaves in values that are this rank's own."""
         return {self._numbers[place] for place in self._own}
-
-    @property
-    def own_values(self) -> int:
-        """How many values are this rank's own."""
-        return len(self._own_values)
 
     def narrowed(self, leaf: int, box: Box) -> torch.Tensor:
         """A box of a leaf, as its bytes are taken; in this rank's part, where several have parts of it."""
@@ -173,6 +171,7 @@ class Flattened:
     def _own_value(self, value: Any, path: Path, depth: int) -> Any:
         if not self._ranks or self._inside:
             return self._walk(value, path, depth)
+        self.own_paths.append(_dotted(path))
         self._inside = True
         try:
             self._own_values.append(self._walk(value, path, depth))

@@ -57,7 +57,7 @@ class MilepostSavePlanner(DefaultSavePlanner):
         items = [self._item(keys[share.tensor], share, tensors[keys[share.tensor]]) for share in plan.shares(rank)]
         for key in rest:
             items += _create_write_items(key, self.state_dict[key])
-        self.plan = _Plan(items, planner_data=self.mappings, structure=digest(list(tensors.values()), 0))
+        self.plan = _Plan(items, planner_data=self.mappings, structure=digest(list(tensors.values())))
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:

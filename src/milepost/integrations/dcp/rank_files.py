@@ -185,7 +185,7 @@ def _flattened(items: list[_Item], pickled: Pickled | None, own: int) -> Flatten
         if not item.empty:
             (state.setdefault(item.group, {}) if item.group else state)[item.name] = item.value
     found = Flattened(state, pickled, ranks=own > 0)
-    if found.own_values != own or found.sharded:
+    if len(found.own_paths) != own or found.sharded:
         raise UnencodableValueError(
             "There is a PerRank value or a DTensor within a value that DCP stores as one, such as a tuple or a list of"
             " numbers: give it a key of its own."
