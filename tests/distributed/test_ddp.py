@@ -188,9 +188,28 @@ def manual(folder: Path) -> Any:
     return [p.tolist() for p in net.parameters()]
 
 
+class Thaw(Callback):
+    """Trains all but the first layer until the middle of a step in the second epoch, then all but the last."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.layers[0].requires_grad_(False)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 1):  # the second of two that make a step
+            pl_module.layers[0].requires_grad_(True)
+            pl_module.layers[3].requires_grad_(False)
+
+
+def thawed(folder: Path) -> Any:
+    """The weights on this rank after layers were frozen and unfrozen in a fit."""
+    _, net = fit(folder, Thaw())
+    return [p.tolist() for p in net.parameters()]
+
+
 def all_on_one_rank(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"beside": beside_lightning(), "resumed": resumed(folder), "manual": manual(folder)}
+    results["thawed"] = thawed(folder)
     results["stopped"] = stopped(folder)
     results.update(plugins_and_decisions(folder))
     results["rank"] = dist.get_rank()
@@ -288,6 +307,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(ranks: list[dict[str, A
         status, files, _, end = rank["stopped"][name]
         assert (status, files) == (128 + signal.SIGTERM, ["hpc_ckpt_local_1.ckpt"])
         assert end == rank["resumed"]["whole"][1]
+
+
+def test_parameters_unfrozen_in_a_fit_are_averaged_too(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["thawed"] == ranks[1]["thawed"]
 
 
 def test_manual_optimization_keeps_the_ranks_together(ranks: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -67,7 +68,9 @@ class DDPStrategy(ParallelStrategy):
         self._hook, self._hook_state, self._hook_wrapper = ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper
         self._options = ddp_options
         self._replica: DistributedDataParallel | None = None
-        self._without_sync = 0
+        self._step: _TrainingStep | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._trained: list[bool] = []
 
     @property
     def model(self) -> Any:
@@ -76,12 +79,25 @@ class DDPStrategy(ParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        self._replica = None
+        self._replica = self._step = None
         module = self._lightning_module
         self.broadcast_tensors(module.parameters())
         self.broadcast_tensors(module.buffers())
         if trainer.state.fn == "fit" and module.automatic_optimization:
-            self._replica = self._wrapped(_TrainingStep(trainer, module))
+            self._step, self._trained = _TrainingStep(trainer, module), []
+            self._parameters = list(self._step.parameters())
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Torch's reducer knows the parameters that were trained when it was made: make it anew once others are."""
+        trained = [parameter.requires_grad for parameter in self._parameters]
+        if self._step is None or trained == self._trained:
+            return
+        frozen = [p for p, was, now in zip(self._parameters, self._trained, trained, strict=False) if was and not now]
+        self._average(frozen)  # what they have from batches before this one of the same step
+        self._trained, self._replica = trained, None
+        gc.collect()  # the old reducer's hooks on the parameters go with it
+        self._replica = self._wrapped(self._step)
 
     def _wrapped(self, step: _TrainingStep) -> DistributedDataParallel | None:
         if not any(parameter.requires_grad for parameter in step.parameters()):
@@ -98,23 +114,30 @@ class DDPStrategy(ParallelStrategy):
         return replica
 
     def run_training_step(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        self._refresh()  # inside accumulation too: gradients are then averaged once more, which changes no sum of them
         return call(*arguments) if self._replica is None else self._replica(*arguments)
 
     def backward_done(self) -> None:
         """Where the module optimizes by hand, average what it has on each rank: its forward ran outside the wrapper."""
-        if self._replica is not None or self._without_sync or _distributed.world_size() == 1:
+        if self._step is None:
+            self._average(list(self._lightning_module.parameters()))
+
+    @torch.no_grad()
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        """Make the gradients of `parameters` their mean over the ranks; the same parameters on each."""
+        if not parameters or _distributed.world_size() == 1:
             return
-        with torch.no_grad():
-            for gradients in _by_type(p.grad for p in self._lightning_module.parameters() if p.grad is not None):
-                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                dist.all_reduce(flat)
-                flat /= _distributed.world_size()
-                parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-                for gradient, part in zip(gradients, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+        for gradients in _by_type(p.grad for p in parameters if p.grad is not None):
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= _distributed.world_size()
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def without_gradient_sync(self) -> AbstractContextManager[Any]:
         """Inside, gradients add up on each rank by itself."""
+        self._refresh()
         return nullcontext() if self._replica is None else self._replica.no_sync()
 
     def before_evaluation(self) -> None:
@@ -126,7 +149,8 @@ class DDPStrategy(ParallelStrategy):
         self.before_evaluation()
 
     def teardown(self) -> None:
-        self._replica = None
+        self._replica = self._step = None
+        self._parameters = []
         super().teardown()
 
 
