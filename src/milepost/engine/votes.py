@@ -289,8 +289,7 @@ class Meeting:
                 self._set("outcome", Outcome(text, rank))
             elif rank == self.ranks.rank:
                 self.vote(Vote(text))
-        with contextlib.suppress(Exception):
-            self._leave()
+        self._leave()
 
     def decided(self, mine: bool) -> bool:
         """What rank 0 has decided, which says `mine`. The others wait for it.
@@ -365,7 +364,9 @@ class Meeting:
                     if (now := progress()) != shown:
                         shown = now
                         self.get_on()
-                    if self.ranks.rank and (ended := self._get("outcome", Outcome)) is not None and ended.error:
+                    with self._lock:  # as in get_on: to get a key that the last rank takes away would block
+                        ended = self._get("outcome", Outcome) if self.ranks.rank and not self._left else None
+                    if ended is not None and ended.error:
                         stop(f"rank {ended.rank}: {ended.error}")
                         return
                     over.wait(_PULSE_SECONDS)
@@ -432,13 +433,19 @@ class Meeting:
         return int(self.ranks.ask(lambda store: store.add(self._key(key), number)))
 
     def _leave(self, more: Sequence[str] = ()) -> None:
-        """This rank reads nothing more of it. The last one to leave takes the keys away."""
+        """This rank reads nothing more of it. The last one to leave takes the keys away.
+
+        Never raises: what was agreed stands, also where the process that holds the store has ended since.
+        """
         with self._lock:
             if self._left:
                 return
             self._left = True
-        if self._add("left", 1) < self.ranks.world_size:
-            return
+        with contextlib.suppress(Exception):
+            if self._add("left", 1) == self.ranks.world_size:
+                self._take_away(more)
+
+    def _take_away(self, more: Sequence[str]) -> None:
         ranks = range(self.ranks.world_size)
         keys = ["structure", "begin", "outcome", "decision", "votes", "claim", "withdrawn", "left"]
         keys += [f"{kind}/{rank}" for kind in ("vote", "progress") for rank in ranks]
