@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from milepost.engine.rank_blobs import RankBlobs
 from milepost.engine.rank_plan import RankPlan, Tensor
 from milepost.engine.spread import Spreads
 from milepost.engine.state import Flattened
@@ -92,6 +93,26 @@ def test_one_rank_alone_does_not_save_a_part_as_if_it_were_all(ranks: None) -> N
         Flattened({"model": {"w": tensor}})
     alone = made(DeviceMesh("cpu", torch.arange(1), _init_backend=False), (Shard(0),), (16, 2))
     assert Flattened({"model": {"w": alone}}).leaves[0].shape == (16, 2)
+
+
+def test_a_transposed_view_is_no_tie(ranks: None) -> None:
+    """One leaf for both would bring one of them back transposed."""
+    mesh = DeviceMesh("cpu", torch.arange(8), _init_backend=False)
+    w = DTensor.from_local(torch.arange(9.0).reshape(3, 3), mesh, (Replicate(),), run_check=False)
+    flattened = Flattened({"model": {"w": w, "tied": w.detach(), "turned": w.t()}}, ranks=True)
+    assert [leaf.name for leaf in flattened.leaves] == ["w", "turned"]
+    assert [torch.equal(t, whole.to_local()) for t, whole in zip(flattened.tensors, (w, w.t()), strict=True)] == [
+        True
+    ] * 2
+
+
+def test_one_without_elements_is_written_as_the_whole(ranks: None) -> None:
+    """Its part on one rank, of shape [2, 0], would stand in the tree for all of [16, 0]."""
+    mesh = DeviceMesh("cpu", torch.arange(8), _init_backend=False)
+    flattened = Flattened({"model": {"w": made(mesh, (Shard(0),), (16, 0))}}, ranks=True)
+    blobs = [RankBlobs(flattened, rank, 8) for rank in range(8)]
+    plans = [plan for each in blobs for plan in each.bound(flattened)]
+    assert [(leaf.name, leaf.shape, leaf.part_of) for plan in plans for leaf in plan.leaves] == [("w", (16, 0), None)]
 
 
 def test_ties_are_the_same_for_ranks_that_hold_nothing(ranks: None) -> None:

@@ -276,7 +276,7 @@ class RankPlan:
                 found.extend(Share(number, part) for owner, part in cut if owner == rank)
             elif self._writer(number, shape, box) == rank and self._is_there(shape, box):
                 found.append(Share(number, shape.box(box) if len(shape.volumes) > 1 else None))
-        return [self._whole(share) for share in found]
+        return [self._as_whole(share) for share in found]
 
     def local_box(self, rank: int, tensor: int) -> Box | None:
         """Which part of a tensor `rank` holds in its memory; None where it holds nothing of it."""
@@ -321,11 +321,10 @@ class RankPlan:
         """Whether a box is stored: one without elements only where the tensor has none, and then once."""
         return bool(shape.volumes[box]) or (box == 0 and not shape.volumes.any())
 
-    def _whole(self, share: Share) -> Share:
-        """A box that is all of its tensor is no part."""
-        return (
-            Share(share.tensor, None) if share.box and share.box.shape == self.structure[share.tensor].shape else share
-        )
+    def _as_whole(self, share: Share) -> Share:
+        """A box that is all of its tensor is no part; nor is what stands for a tensor without elements."""
+        shape = self.structure[share.tensor].shape
+        return Share(share.tensor, None) if share.box and (share.box.shape == shape or 0 in shape) else share
 
 
 def _shares(loads: npt.NDArray[np.float64], size: int, limit: float, least: float) -> npt.NDArray[np.float64]:

@@ -19,11 +19,13 @@ class Sharded(NamedTuple):
 
     Attributes:
         shape: of the whole.
+        stride: of the whole, as DTensor says it: the same on all ranks, as the local part's need not be.
         storage: tells the local memory apart from others', also where it has no elements.
     """
 
     shape: tuple[int, ...]
     spread: Spread
+    stride: tuple[int, ...]
     storage: int
 
 
@@ -39,7 +41,8 @@ class Spreads:
         key = (id(mesh), placements)
         if key not in self._known:
             self._known[key] = _spread(mesh, placements, path)
-        return Sharded(tuple(tensor.shape), self._known[key], tensor._local_tensor.untyped_storage()._cdata)
+        storage = tensor._local_tensor.untyped_storage()._cdata
+        return Sharded(tuple(tensor.shape), self._known[key], tuple(tensor.stride()), storage)
 
 
 def is_dtensor(value: torch.Tensor) -> bool:
