@@ -58,6 +58,8 @@ class BlobWriting:
         self._workers = workers
         self._lock = threading.Lock()
         self._failed = threading.Event()
+        self._busy = 0  # threads; counted here, since an interrupt of `submit` leaves no future of one that has begun
+        self._idle = threading.Condition(self._lock)
 
     def run(self, blobs: Sequence[tuple[str, Image]]) -> list[str]:
         """Write each image to its path. Returns each one's digests, as an index holds them."""
@@ -71,14 +73,21 @@ class BlobWriting:
             if errors:
                 raise errors[0]
         finally:
+            self._failed.set()  # where this was interrupted: no thread may write to a descriptor that is closed
+            with self._idle:
+                self._idle.wait_for(lambda: self._busy == 0)
             for target in targets:
                 if target.open:
                     self._store.abandon(target.descriptor)
         return ["".join(target.digests) for target in targets]
 
     def _work(self, chunks: Iterator[tuple[_Target, int]]) -> None:
-        buffer = self._workers.buffer()
+        with self._lock:
+            if self._failed.is_set():
+                return
+            self._busy += 1
         try:
+            buffer = self._workers.buffer()
             while not self._failed.is_set():
                 with self._lock:
                     taken = next(chunks, None)
@@ -88,6 +97,10 @@ class BlobWriting:
         except BaseException:
             self._failed.set()
             raise
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
 
     def _write(self, target: _Target, number: int, buffer: memoryview) -> None:
         size = target.image.size
