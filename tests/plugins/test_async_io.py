@@ -155,6 +155,35 @@ def test_the_old_stays_where_the_new_failed(tmp_path: Path) -> None:
     io.teardown()
 
 
+def test_the_old_stays_where_the_new_had_failed_before_and_nobody_had_been_told(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO()
+    io.save_checkpoint({"global_step": 1}, tmp_path / "old.ckpt").result()
+    pending = io.save_checkpoint({"global_step": 2}, new := blocked(tmp_path))
+    io.exists(new)  # waits, and tells nothing
+    assert pending.done()
+    io.remove_checkpoint(tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointSaveError, match="step 2"):
+        io.wait()
+    assert io.exists(tmp_path / "old.ckpt")
+    io.remove_checkpoint(tmp_path / "old.ckpt")
+    assert not io.exists(tmp_path / "old.ckpt"), "who was told may go on"
+    io.teardown()
+
+
+def test_the_old_stays_where_the_news_handle_tells_of_its_failure_first(tmp_path: Path) -> None:
+    inner = Gated("a")
+    io = AsyncCheckpointIO(inner)
+    io.save_checkpoint({"global_step": 1}, tmp_path / "old.ckpt").result()
+    pending = io.save_checkpoint({"global_step": 2}, blocked(tmp_path))
+    io.remove_checkpoint(tmp_path / "old.ckpt")
+    threading.Thread(target=inner.gates["a"].set).start()
+    with pytest.raises(CheckpointSaveError, match="step 2"):
+        pending.result()
+    io.wait()
+    assert io.exists(tmp_path / "old.ckpt")
+    io.teardown()
+
+
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 

@@ -179,13 +179,16 @@ class AsyncCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove it, in the background where a save is under way."""
         before = list(self._begun)
-        if all(save.done() for save in before):
+        running = [save for save in before if not save.done()]
+        if any(save._failed() for save in before if save not in running):
+            return  # nobody knows of that failure yet, and what was to be replaced stays
+        if not running:
             io_calls.remove(self.checkpoint_io, path)
             return
 
         def work() -> None:
-            _wait_for(before)
-            if not any(save._failed() for save in before):
+            _wait_for(running)
+            if not any(save.failed for save in running):  # also where its handle has told of it by now
                 io_calls.remove(self.checkpoint_io, path)
 
         self._begin(AsyncSave(str(path), None, removes=True), work)
