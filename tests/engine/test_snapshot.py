@@ -141,3 +141,10 @@ def test_its_tensors_lie_in_one_memory_that_is_used_again_when_nobody_holds_it()
     weight.zero_()
     other = snapshot(state, arena)
     assert arena.memories == 2 and kept.tolist() == [5, 6, 7, 8] and other["part"].tolist() == [0, 0, 0, 0]
+
+
+def test_an_empty_tensor_of_memory_that_is_somewhere() -> None:
+    empty = torch.from_numpy(np.empty(0, np.float32))
+    copy = snapshot({"w": torch.ones(3), "empty": empty, "part": torch.ones(4)[:0]})
+    assert copy["empty"].shape == (0,) and copy["empty"].dtype == torch.float32
+    assert copy["w"].tolist() == [1, 1, 1] and copy["part"].shape == (0,)

@@ -151,7 +151,7 @@ class _Walk:
         if tensor.is_meta:
             return tensor
         storage = tensor.untyped_storage() if _ordinary(tensor) else None
-        if storage is None or storage.data_ptr() == 0:
+        if storage is None or storage.nbytes() == 0 or storage.data_ptr() == 0:
             return _like(tensor, tensor.detach().clone().cpu())
         made = torch.empty(0, dtype=tensor.dtype)
         if isinstance(tensor, torch.nn.Parameter):
