@@ -11,6 +11,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -81,33 +82,42 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class _Line:
-    """A connection of its own to the store, used by a thread of its own."""
+    """A connection of its own to the store, made and used by a thread of its own, which ends with it."""
 
     def __init__(self, store: Store) -> None:
-        self._store: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self._asked: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]]] = queue.SimpleQueue()
-        self._dead = False
-        threading.Thread(target=self._serve, name="milepost-votes", daemon=True).start()
+        self.dead = False
+        self._asked: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(store, self._asked), name="milepost-votes", daemon=True).start()
 
     def ask(self, question: Callable[[Store], _T], seconds: float) -> _T:
         """Raises TimeoutError: the store does not answer; nor will this object ask it again."""
-        if self._dead:
+        if self.dead:
             raise TimeoutError("the rendezvous store has stopped answering")
         answer: Future[_T] = Future()
         self._asked.put((question, answer))
         try:
             return answer.result(seconds)
         except TimeoutError:
-            self._dead = True
+            self.close()
             raise TimeoutError(f"the rendezvous store has not answered for {seconds:g} s") from None
 
-    def _serve(self) -> None:
-        while True:
-            question, answer = self._asked.get()
-            try:
-                answer.set_result(question(self._store))
-            except BaseException as error:
-                answer.set_exception(error)
+    def close(self) -> None:
+        """Let the thread and its connection end, once the call that it waits for returns."""
+        self.dead = True
+        self._asked.put(None)
+
+
+def _serve(store: Store, asked: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None]) -> None:
+    own: Store | None = None
+    while (item := asked.get()) is not None:
+        question, answer = item
+        try:
+            if own is None:
+                own = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+            answer.set_result(question(own))
+        except BaseException as error:
+            answer.set_exception(error)
+        del item, question, answer  # they hold the ranks, whose end is this thread's
 
 
 class Ranks:
@@ -125,7 +135,8 @@ class Ranks:
         self.deadline_seconds = deadline_seconds
         self._store = store
         self._line: _Line | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while the store is asked
+        self._placing = threading.Lock()
         self._place = ""
         self._counts: dict[str, int] = {}
 
@@ -149,6 +160,8 @@ class Ranks:
     def meeting(self, what: str) -> Meeting:
         """A place to meet for what all ranks call `what`; where they meet for the same again, another one."""
         with self._lock:
+            if self._line is not None and self._line.dead:  # the store may answer again: this save asks it anew
+                self._line = None
             count = self._counts[what] = self._counts.get(what, 0) + 1
         return Meeting(self, f"{xxhash.xxh3_64_hexdigest(what.encode())}-{count}")
 
@@ -156,13 +169,23 @@ class Ranks:
         """Let the store answer. Raises TimeoutError, or what the store raises, where it does not."""
         with self._lock:
             if self._line is None:
-                line = _Line(self._store)
-                # each start of a process group counts its ranks anew: keys of an earlier one are not taken for ours
+                self._line = _Line(self._store)
+                weakref.finalize(self, self._line.close).atexit = False
+            line = self._line
+
+        def placed(store: Store) -> _T:
+            self._find_place(store)
+            return question(store)
+
+        return line.ask(placed, self.deadline_seconds)
+
+    def _find_place(self, store: Store) -> None:
+        """Each start of a process group counts its ranks anew: keys of an earlier one are not taken for ours."""
+        with self._placing:  # a line before this one may still wait for the count
+            if not self._place:
                 place = _distributed.generation()
-                before = line.ask(lambda store: store.add(f"{place}/ranks", 1), self.deadline_seconds) - 1
+                before = store.add(f"{place}/ranks", 1) - 1
                 self._place = f"{place}/{before // self.world_size}"
-                self._line = line
-        return self._line.ask(question, self.deadline_seconds)
 
 
 _of_stores: dict[int, Ranks] = {}
