@@ -108,14 +108,15 @@ class EarlyStopping(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            if self.strict:
-                raise MisconfigurationException(
-                    f"EarlyStopping monitors {self.monitor!r}, which is not logged. Logged are "
-                    f"{sorted(trainer.callback_metrics)}: log it with self.log, or give strict=False."
-                )
-            return
-        reason, improvement = self._judge(torch.as_tensor(value).detach().squeeze())
+        if self.strict and any(_distributed.all_gather_objects(value is None)):
+            where = "" if value is None else " on another rank"
+            raise MisconfigurationException(
+                f"EarlyStopping monitors {self.monitor!r}, which is not logged{where}. Logged are "
+                f"{sorted(trainer.callback_metrics)}: log it with self.log, or give strict=False."
+            )
+        reason = improvement = None
+        if value is not None:
+            reason, improvement = self._judge(torch.as_tensor(value).detach().squeeze())
         # A rank that stops alone would leave the others waiting in the next collective.
         reason = _any_rank(reason)
         if reason is not None:
@@ -150,8 +151,4 @@ class EarlyStopping(Callback):
 
 def _any_rank(reason: str | None) -> str | None:
     """The reason of the lowest rank that has one, the same on all ranks."""
-    if not _distributed.is_initialized():
-        return reason
-    reasons: list[str | None] = [None] * _distributed.world_size()
-    torch.distributed.all_gather_object(reasons, reason)
-    return next((r for r in reasons if r is not None), None)
+    return next((r for r in _distributed.all_gather_objects(reason) if r is not None), None)
