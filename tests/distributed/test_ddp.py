@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from runs import QUIET, SAMPLES, Points, SaveAt, digest, fit, loaders, net_of
 import milepost
 from milepost.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from milepost.errors import MisconfigurationException, SIGTERMException
-from milepost.plugins import SnapshotCheckpointIO, TorchCheckpointIO
+from milepost.loggers import Logger
+from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO, TorchCheckpointIO
 from milepost.strategies import DDPStrategy
 from milepost.testing import run_ranks
 
@@ -136,6 +138,80 @@ def plugins_and_decisions(folder: Path) -> dict[str, Any]:
     return results
 
 
+class Full(Logger):
+    """A disk that is full when the checkpointer has what was logged written, once."""
+
+    full = False
+
+    def save(self) -> None:
+        if self.full:
+            self.full = False
+            raise OSError("no room to log")
+
+
+class Fill(Callback):
+    """Fills the disk after the second batch, before the checkpointer saves."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.logger.full = trainer.fit_loop.total_batch_idx == 1
+
+
+def full_disk(folder: Path) -> dict[str, Any]:
+    """A logger that cannot write when the checkpointer saves: what each rank is told, and where it ends."""
+    results: dict[str, Any] = {}
+    for name in ("raise", "continue"):
+        saver = ModelCheckpoint(dirpath=folder / name, every_n_train_steps=1, save_top_k=-1, on_save_error=name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer, _ = fit(folder, Fill(), saver, logger=Full(), max_epochs=1)
+            results[name] = [trainer.global_step, saver.failed_saves]
+        except OSError as error:
+            results[name] = "no room to log" in str(error)
+    return results
+
+
+class OnRankZero(Callback):
+    """Logs a value on rank 0 alone, which never improves."""
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 0:
+            pl_module.log("rare", 1.0)
+
+
+def lacking(folder: Path) -> list[Any]:
+    """EarlyStopping on what one rank has: whether it is refused on this rank, and the epoch where it stops."""
+    with pytest.raises(MisconfigurationException, match="'rare', which is not logged") as caught:
+        fit(folder, EarlyStopping("rare", check_on_train_epoch_end=False), OnRankZero())
+    lenient = EarlyStopping("rare", patience=1, strict=False, check_on_train_epoch_end=False)
+    trainer, _ = fit(folder, lenient, OnRankZero(), max_epochs=9)
+    return ["on another rank" in str(caught.value), trainer.current_epoch]
+
+
+class Late(TorchCheckpointIO):
+    """Writes once the other rank has ended its run, or has not for a while."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline and not Path(path).with_name("ended").exists():
+            pass
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def saved_in_background(folder: Path) -> bool:
+    """Whether this rank, stopped by a signal, found what rank 0 writes in the background durable when it ended."""
+    place = folder / "background"
+    try:
+        fit(place, ModelCheckpoint(dirpath=place, every_n_epochs=0), Signal(rank=1, batch=2, late=None),
+            plugins=AsyncCheckpointIO(Late()))  # fmt: skip
+    except SIGTERMException:
+        found = (place / "hpc_ckpt_local_1.ckpt").exists()
+        if dist.get_rank():
+            (place / "ended").touch()
+        return found
+    return False
+
+
 class Signal(Callback):
     """Sends one rank a signal inside a batch, and another one its first while they save, as a launcher may."""
 
@@ -210,6 +286,8 @@ def all_on_one_rank(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"beside": beside_lightning(), "resumed": resumed(folder), "manual": manual(folder)}
     results["thawed"] = thawed(folder)
+    results["lacking"], results["full"] = lacking(folder), full_disk(folder / "full")
+    results["background"] = saved_in_background(folder)
     results["stopped"] = stopped(folder)
     results.update(plugins_and_decisions(folder))
     results["rank"] = dist.get_rank()
@@ -297,6 +375,19 @@ def test_a_failed_save_is_one_on_every_rank(ranks: list[dict[str, Any]]) -> None
         assert rank["failed"] == [1, 1]
         assert "no room" in rank["raised"]
         assert len([name for name in rank["left"] if name.endswith(".ckpt")]) == 2
+
+
+def test_a_logger_that_cannot_write_fails_the_save_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["full"] == {"raise": True, "continue": [2, 1]}
+
+
+def test_a_metric_that_one_rank_lacks_is_refused_or_passed_over_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["lacking"] for rank in ranks] == [[True, 2], [False, 2]]
+
+
+def test_no_rank_ends_before_what_rank_zero_writes_is_durable(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["background"] for rank in ranks] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["one", "both"])

@@ -72,17 +72,24 @@ def save_for_requeue(trainer: Trainer) -> str | None:
     job is to be queued again.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    requeue = job is not None and trainer.signals.requeue_asked and trainer.signals.preemption.requeue
+    # Ranks may have been sent different signals.
+    asked = job is not None and any(_distributed.all_gather_objects(trainer.signals.requeue_asked))
+    requeue = asked and trainer.signals.preemption.requeue
     if not trainer.checkpoint_callbacks and not requeue:
         return None
     place = requeue_directory(trainer)
     earlier, path = _distributed.on_rank_zero(lambda: _files(place))
-    trainer.save_checkpoint(path).result()
+    pending = trainer.save_checkpoint(path)
+    if trainer.strategy.saves_on_every_rank:
+        pending.result()
+    else:  # rank 0 alone writes, perhaps in the background
+        _distributed.on_rank_zero(pending.result)
     for old in earlier:
         if old != trainer.ckpt_path:
             trainer.strategy.remove_checkpoint(old)
     if requeue and trainer.is_global_zero:
         _requeue(str(job))
+    trainer.strategy.barrier()  # a launcher kills those that are left as soon as one rank has ended
     return path
 
 
