@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from milepost import Checkpointer
+from milepost.engine.commit import REPLACED
 from milepost.engine.planner import plan_blob
 from milepost.engine.requests import Leaf
 from milepost.engine.retention import KeepBest, KeepEvery, KeepNewest
@@ -18,6 +19,7 @@ from milepost.errors import (
     CheckpointCorruptError,
     CheckpointNotFoundError,
     CheckpointRemoveError,
+    CheckpointSaveError,
     MisconfigurationException,
     ResumeError,
     UnencodableValueError,
@@ -257,6 +259,37 @@ def test_retention_reads_a_damaged_head_as_one_without_a_score(tmp_path: Path) -
     with Checkpointer(tmp_path, keep=KeepNewest(1) | KeepBest(1), monitor="loss") as checkpointer:
         checkpointer.save(3, {"n": 3}, {"loss": 2.0}, wait=True)
         assert checkpointer.steps() == [1, 3]
+
+
+def test_retention_leaves_out_what_another_process_takes_away_meanwhile(tmp_path: Path) -> None:
+    class Replacing(LocalStore):
+        """With the commit of step 3, another process begins to replace step 2."""
+
+        def rename(self, source: str, target: str) -> None:
+            super().rename(source, target)
+            if target.endswith("/step-00000003"):
+                (tmp_path / "step-00000002").rename(tmp_path / f"{REPLACED}step-00000002")
+
+    with Checkpointer(tmp_path, keep=KeepNewest(2), store=Replacing()) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"n": step}, wait=True)
+        assert checkpointer.steps() == [1, 2, 3]
+        checkpointer.save(4, {"n": 4}, wait=True)
+        assert checkpointer.steps() == [3, 4]
+
+
+def test_a_failure_after_the_commit_does_not_deny_it(tmp_path: Path) -> None:
+    class Refusing(LocalStore):
+        def rename(self, source: str, target: str) -> None:
+            if source.endswith("/step-00000001"):
+                raise PermissionError(errno.EACCES, "not yours", source)
+            super().rename(source, target)
+
+    with Checkpointer(tmp_path, keep=KeepNewest(1), store=Refusing()) as checkpointer:
+        checkpointer.save(1, {"n": 1}, wait=True)
+        with pytest.raises(CheckpointSaveError, match=r"step 2 is committed at .*PermissionError") as told:
+            checkpointer.save(2, {"n": 2}, wait=True)
+        assert "intact" not in str(told.value) and checkpointer.steps() == [1, 2]
 
 
 def test_ranking_needs_a_metric(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import xxhash
 
 from milepost import Checkpointer, PerRank
 from milepost.engine.reader import StoredCheckpoint
+from milepost.engine.retention import KeepNewest
 from milepost.engine.votes import Ranks
 from milepost.errors import CheckpointSaveError, UnencodableValueError
 from milepost.format.codec import PartsRef
@@ -313,6 +314,25 @@ def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:
     ends, _ = together(2, act)
     assert raised(ends) == [[True, False]] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_retention_that_fails_on_the_first_rank_is_a_warning(tmp_path: Path) -> None:
+    """The checkpoint is committed for all ranks: none of them may say that its save has failed."""
+
+    class Refusing(FaultyStore):
+        def rename(self, source: str, target: str) -> None:
+            if source.endswith("/step-00000001"):
+                raise PermissionError(errno.EACCES, "not yours", source)
+            super().rename(source, target)
+
+    def act(rank: int, ranks: Ranks) -> None:
+        with Checkpointer(tmp_path, ranks=ranks, threads=1, keep=KeepNewest(1), store=Refusing()) as c:
+            for step in (1, 2):
+                c.save(step, state(rank), wait=True)
+
+    with pytest.warns(UserWarning, match=r"step 2 is committed at .*PermissionError"):
+        raised(together(2, act)[0])
+    assert len(list(tmp_path.glob("step-*"))) == 2
 
 
 def test_what_one_rank_writes_stays_as_it_was(tmp_path: Path) -> None:

@@ -189,7 +189,10 @@ class Checkpointer:
     def _retain(self, committed: Committed) -> None:
         """Called in order, after each commit: remove what the rules do not keep."""
         assert self._retention is not None
-        entries = sorted((self._entry(step) for step in self._present()), key=lambda entry: entry.step)
+        entries: list[Entry] = []
+        for step in self._present():
+            with suppress(FileNotFoundError):  # another process has removed it since, or is replacing it
+                entries.append(self._entry(step))
         kept = {entry.step for entry in self._retention.retain(entries)} | {committed.head.step, self._restored}
         for entry in entries:
             if entry.step not in kept:
@@ -197,7 +200,11 @@ class Checkpointer:
                 self._known.pop(entry.step, None)
 
     def _entry(self, step: int) -> Entry:
-        """What retention needs to know, out of the head. A damaged one has no score, and is not read again."""
+        """What retention needs to know, out of the head. A damaged one has no score, and is not read again.
+
+        Raises:
+            FileNotFoundError: it is not there any more.
+        """
         path = self.path(step)
         inode = path.stat().st_ino
         if self._known.get(step, (0,))[0] != inode:

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -157,7 +158,7 @@ class DirectoryEngine:
                 copied after this returns, and the next step waits.
             pickled: as for `Flattened`.
             then: called after the commit, before the next save is begun, such as for retention. What it raises counts
-                as an error of this save.
+                as an error of this save; where several ranks save, only rank 0 calls it, and an error is a warning.
 
         Raises:
             CheckpointSaveError: of an earlier save in the background that nobody was told of; or of this one.
@@ -259,15 +260,16 @@ class DirectoryEngine:
         images: Sequence[Image],
         then: Callable[[Committed], None] | None,
     ) -> None:
+        committed: Committed | None = None
         try:
             if save.staging is not None:
                 save.staging.result()
             committed = self._last = write(images)
-            if then is not None and (save.meeting is None or save.meeting.ranks.rank == 0):
-                then(committed)
+            if then is not None:
+                _follow(save, then, committed)
         except BaseException as error:
             save.refuse(error)
-            save._future.set_exception(_as_save_error(error, save))
+            save._future.set_exception(_as_save_error(error, save, committed is not None))
         else:
             save._future.set_result(committed)
 
@@ -458,9 +460,31 @@ class DirectoryEngine:
             self._last = Committed(stored.path, stored.head, blobs, stored.identities())
 
 
-def _as_save_error(error: BaseException, save: DirectorySave) -> BaseException:
+def _follow(save: DirectorySave, then: Callable[[Committed], None], committed: Committed) -> None:
+    """What comes after the commit. Of several ranks the first does it, and all have the same outcome without it."""
+    if save.meeting is None:
+        then(committed)
+    elif save.meeting.ranks.rank == 0:
+        try:
+            then(committed)
+        except Exception as error:
+            warnings.warn(f"{_after_commit(error, save)} The next save tries it again.", stacklevel=2)
+
+
+def _after_commit(error: Exception, save: DirectorySave) -> str:
+    return (
+        f"The checkpoint of step {save.step} is committed at {save.path!r}, but what follows a save, such as removing"
+        f" older ones, failed: {type(error).__name__}: {error}."
+    )
+
+
+def _as_save_error(error: BaseException, save: DirectorySave, committed: bool) -> BaseException:
     if isinstance(error, CheckpointError) or not isinstance(error, Exception):
         return error
+    if committed:
+        made = CheckpointSaveError(_after_commit(error, save), path=save.path, step=save.step)
+        made.__cause__ = error
+        return made
     rank = None if save.meeting is None else save.meeting.ranks.rank
     cause = f"{type(error).__name__}: {error}"
     if isinstance(error, RankFailure):
