@@ -78,6 +78,7 @@ class AgreedSearch:
         self._name = name
         self._steps = steps
         self._progress = progress
+        self._number = 0  # of the round
 
     def run(self, restore: Restore, only: int | None = None) -> int:
         """Restore the newest checkpoint that is not damaged for any rank, or the one of the step `only`.
@@ -93,7 +94,7 @@ class AgreedSearch:
         try:
             step = self._rounds(meeting, restore, only)
         except RankFailure as failure:
-            meeting.refuse(failure)
+            meeting.refuse(failure, *self._keys())
             raise RankFailedError(
                 f"Restoring from {self._name} failed, because rank {failure.rank} failed: {failure.cause}. All ranks"
                 " must call restore, with the same arguments.",
@@ -104,38 +105,37 @@ class AgreedSearch:
     def _rounds(self, meeting: Meeting, restore: Restore, only: int | None) -> int:
         named = _Named(self._steps, only)
         first: tuple[BaseException | None, _Went] | None = None
-        number = 0
         while True:
-            step = self._step(meeting, number, named)
+            step = self._step(meeting, named)
             if step is None:
-                self._leave(meeting, number)
+                meeting.leave(*self._keys())
                 return self._none_is_good(first)
-            mine, verdict = self._one(meeting, number, step, restore)
+            mine, verdict = self._one(meeting, step, restore)
             if verdict.how == "damaged" and only is None:
                 first = first or (mine, verdict)
                 _pass_over(step, verdict.why)
             elif verdict.how != "gone" or only is not None:
-                self._leave(meeting, number)
+                meeting.leave(*self._keys())
                 if verdict.how == "well":
                     return step
                 raise mine or _of_other(verdict, step)
             named.went(step, verdict)
-            number += 1
+            self._number += 1
 
-    def _step(self, meeting: Meeting, number: int, named: _Named) -> int | None:
+    def _step(self, meeting: Meeting, named: _Named) -> int | None:
         """The one that rank 0 names now; None where there is no other."""
         if self._ranks.rank:
-            step = meeting.hear(f"step {number}", int)
+            step = meeting.hear(f"step {self._number}", int)
             return None if step < 0 else step
         try:
             found = named.next()
         except Exception as error:
-            meeting.refuse(error)
+            meeting.refuse(error, *self._keys())
             raise
-        meeting.say(f"step {number}", -1 if found is None else found)
+        meeting.say(f"step {self._number}", -1 if found is None else found)
         return found
 
-    def _one(self, meeting: Meeting, number: int, step: int, restore: Restore) -> tuple[BaseException | None, _Went]:
+    def _one(self, meeting: Meeting, step: int, restore: Restore) -> tuple[BaseException | None, _Went]:
         """Restore one step. Returns what went wrong here, and what became of it on all ranks."""
         mine: BaseException | None = None
         with meeting.pulse(self._progress, lambda why: None):
@@ -145,17 +145,17 @@ class AgreedSearch:
             except Exception as error:
                 mine, went = error, _went(error, self._ranks.rank)
         if self._ranks.rank:
-            meeting.answer(f"went {number}", went)
-            return mine, meeting.hear(f"verdict {number}", _Went)
-        answers = {0: went, **meeting.answers(f"went {number}", _Went)}
+            meeting.answer(f"went {self._number}", went)
+            return mine, meeting.hear(f"verdict {self._number}", _Went)
+        answers = {0: went, **meeting.answers(f"went {self._number}", _Went)}
         verdict = min(answers.values(), key=lambda each: (_WORST.index(each.how), each.rank))
-        meeting.say(f"verdict {number}", verdict)
+        meeting.say(f"verdict {self._number}", verdict)
         return mine, verdict
 
-    def _leave(self, meeting: Meeting, number: int) -> None:
-        numbers = range(number + 1)
-        said = [f"{what} {n}" for n in numbers for what in ("step", "verdict")]
-        meeting.leave(said, [f"went {n}" for n in numbers])
+    def _keys(self) -> tuple[list[str], list[str]]:
+        """What was said and answered up to now; another rank may be a round further."""
+        numbers = range(self._number + 2)
+        return [f"{what} {n}" for n in numbers for what in ("step", "verdict")], [f"went {n}" for n in numbers]
 
     def _none_is_good(self, first: tuple[BaseException | None, _Went] | None) -> int:
         if first is None:

@@ -302,8 +302,8 @@ class Meeting:
 
     # ---- any rank --------------------------------------------------------------------------------------------------
 
-    def refuse(self, error: BaseException) -> None:
-        """Tell the others that it has failed here. Never raises: that error is what matters."""
+    def refuse(self, error: BaseException, said: Sequence[str] = (), answered: Sequence[str] = ()) -> None:
+        """Tell the others that it has failed here, and leave. Never raises: that error is what matters."""
         if self._left:
             return
         rank, text = (error.rank, error.cause) if isinstance(error, RankFailure) else (self.ranks.rank, _said(error))
@@ -312,7 +312,7 @@ class Meeting:
                 self._set("outcome", Outcome(text, rank))
             elif rank == self.ranks.rank:
                 self.vote(Vote(text))
-        self._leave()
+        self.leave(said, answered)
 
     def decided(self, mine: bool) -> bool:
         """What rank 0 has decided, which says `mine`. The others wait for it.
