@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch.distributed as dist
 import xxhash
 
 from milepost import Checkpointer, PerRank
+from milepost.engine.agreement import AgreedSearch
 from milepost.engine.reader import StoredCheckpoint
 from milepost.engine.retention import KeepNewest
-from milepost.engine.votes import Ranks
+from milepost.engine.votes import Meeting, Ranks
 from milepost.errors import CheckpointSaveError, UnencodableValueError
 from milepost.format.codec import PartsRef
 from milepost.format.parts import parted
@@ -314,6 +316,29 @@ def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:
     ends, _ = together(2, act)
     assert raised(ends) == [[True, False]] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_the_first_rank_shows_that_it_gets_on_while_it_lists_the_steps() -> None:
+    """A sweep that takes longer than the deadline would else fail the restore on all ranks."""
+    meetings: list[Meeting] = []
+    shared = dist.HashStore()
+
+    class Seen(Ranks):
+        def meeting(self, what: str) -> Meeting:
+            meetings.append(super().meeting(what))
+            return meetings[-1]
+
+    def steps() -> list[int]:
+        until = time.monotonic() + 10
+        while not meetings[0].progress_of(0) and time.monotonic() < until:
+            pass
+        assert meetings[0].progress_of(0), "nobody saw it get on"
+        return [3]
+
+    def act(rank: int, _: Ranks) -> int:
+        return AgreedSearch(Seen(shared, rank, 2), "runs", steps, time.monotonic_ns).run(lambda step: None)
+
+    assert raised(together(2, act)[0]) == [3, 3]
 
 
 def test_retention_that_fails_on_the_first_rank_is_a_warning(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class AgreedSearch:
     Args:
         name: what they restore; the same on all.
         steps: those that there are, in order. Only rank 0's are asked for.
-        progress: a number that goes up while this rank reads.
+        progress: a number that goes up while this rank lists or reads.
     """
 
     def __init__(self, ranks: Ranks, name: str, steps: Steps, progress: Callable[[], int]) -> None:
@@ -128,7 +128,8 @@ class AgreedSearch:
             step = meeting.hear(f"step {self._number}", int)
             return None if step < 0 else step
         try:
-            found = named.next()
+            with meeting.pulse(self._progress, lambda why: None):  # sweeping what was left behind may take long
+                found = named.next()
         except Exception as error:
             meeting.refuse(error, *self._keys())
             raise
