@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import threading
@@ -316,6 +317,33 @@ def test_skipping_is_decided_by_the_first_rank(tmp_path: Path) -> None:
     ends, _ = together(2, act)
     assert raised(ends) == [[True, False]] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_a_rank_whose_first_save_failed_skips_what_the_first_rank_skips(tmp_path: Path) -> None:
+    """It has nothing under way, but would save alone, and wait for the others in vain."""
+    hold, skipped = threading.Event(), threading.Barrier(2)
+
+    class Slow(FaultyStore):
+        def create(self, path: str, size: int) -> int:
+            hold.wait(20)
+            return super().create(path, size)
+
+    def act(rank: int, ranks: Ranks) -> str:
+        c = Checkpointer(tmp_path, ranks=ranks, threads=1, on_busy="skip", store=Slow() if rank == 0 else None)
+        live = {"model": torch.zeros(2), "odd": PerRank(object() if rank else 1)}
+        with contextlib.suppress(UnencodableValueError):
+            c.save(1, live)
+        second = c.save(2, live | {"odd": PerRank(1)})
+        skipped.wait(20)
+        hold.set()
+        with pytest.raises(UnencodableValueError if rank else CheckpointSaveError):
+            second.result()
+        c.save(3, live | {"odd": PerRank(1)}, wait=True)
+        c.close()
+        return str(second.path).rpartition("-")[2]
+
+    assert raised(together(2, act)[0]) == ["00000001"] * 2
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000003"]
 
 
 def test_the_first_rank_shows_that_it_gets_on_while_it_lists_the_steps() -> None:

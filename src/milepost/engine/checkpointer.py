@@ -134,28 +134,35 @@ class Checkpointer:
         """
         if step < 0:
             raise MisconfigurationException(f"step={step!r}: give 0 or more.")
-        if self._on_busy == "skip" and self._newest is not None and self._is_busy(self._newest, step):
+        if self._on_busy == "skip" and self._is_busy(step) and self._newest is not None:
             return self._newest
-        saved = self._engine.save(
-            self.path(step),
-            collect(state),
-            step=step,
-            metrics=metrics,
-            background=self._background,
-            lazy=changed_by_steps(state.values()) if self._lazy else None,
-            then=None if self._retention is None else self._retain,
-        )
+        try:
+            saved = self._engine.save(
+                self.path(step),
+                collect(state),
+                step=step,
+                metrics=metrics,
+                background=self._background,
+                lazy=changed_by_steps(state.values()) if self._lazy else None,
+                then=None if self._retention is None else self._retain,
+            )
+        except Exception as error:
+            self._newest = DirectorySave.failed_with(error, str(self.path(step).absolute()), step)
+            raise
         self._newest = saved
         if wait:
             saved.result()
         return saved
 
-    def _is_busy(self, newest: DirectorySave, step: int) -> bool:
-        """Whether the save before is still being written. Of several ranks the first decides, and the others ask."""
+    def _is_busy(self, step: int) -> bool:
+        """Whether the save before is still being written. Of several ranks the first decides.
+
+        The others ask, also where nothing of theirs is being written, such as after a save that failed on them alone:
+        else some would save, and some skip.
+        """
         ranks = self._engine.ranks
-        if ranks is None:
-            return not newest.done()
-        return ranks.meeting(f"{self.path(step)} busy").decided(not newest.done())
+        busy = self._newest is not None and not self._newest.done()
+        return busy if ranks is None else ranks.meeting(f"{self.path(step)} busy").decided(busy)
 
     def prepare(self, state: Mapping[str, Any]) -> int:
         """Have the host memory for saves of `state` in the background before the first one. Returns its bytes."""

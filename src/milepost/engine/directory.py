@@ -58,6 +58,13 @@ class DirectorySave:
         self._future: Future[Committed] = Future()
         self._told = False
 
+    @classmethod
+    def failed_with(cls, error: Exception, path: str, step: int) -> DirectorySave:
+        """One that was never under way on this rank."""
+        made = cls(path, step)
+        made._future.set_exception(error)
+        return made
+
     def staged(self, timeout: float | None = None) -> None:
         """Wait until everything is copied: from then on all tensors may be changed by anybody.
 
