@@ -264,6 +264,25 @@ def manual(folder: Path) -> Any:
     return [p.tolist() for p in net.parameters()]
 
 
+def uneven(folder: Path) -> Any:
+    """Stepped by hand, where rank 1 uses the first layer alone: the weights on this rank."""
+
+    class Uneven(net_of(milepost)):  # type: ignore[misc]
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.layers[0](batch[0]).square().mean() if self.global_rank else self.loss(batch))
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    _, net = fit(folder, net=Uneven(), accumulate_grad_batches=1)
+    return [p.tolist() for p in net.parameters()]
+
+
 class Thaw(Callback):
     """Trains all but the first layer until the middle of a step in the second epoch, then all but the last."""
 
@@ -285,6 +304,7 @@ def thawed(folder: Path) -> Any:
 def all_on_one_rank(folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"beside": beside_lightning(), "resumed": resumed(folder), "manual": manual(folder)}
+    results["uneven"] = uneven(folder)
     results["thawed"] = thawed(folder)
     results["lacking"], results["full"] = lacking(folder), full_disk(folder / "full")
     results["background"] = saved_in_background(folder)
@@ -406,6 +426,10 @@ def test_parameters_unfrozen_in_a_fit_are_averaged_too(ranks: list[dict[str, Any
 
 def test_manual_optimization_keeps_the_ranks_together(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["manual"] == ranks[1]["manual"]
+
+
+def test_manual_optimization_averages_what_only_one_rank_has_used(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["uneven"] == ranks[1]["uneven"]
 
 
 def test_a_script_starts_its_ranks_and_goes_on_when_one_is_killed(tmp_path: Path, ranks: list[dict[str, Any]]) -> None:

@@ -120,7 +120,19 @@ class DDPStrategy(ParallelStrategy):
     def backward_done(self) -> None:
         """Where the module optimizes by hand, average what it has on each rank: its forward ran outside the wrapper."""
         if self._step is None:
-            self._average(list(self._lightning_module.parameters()))
+            parameters = list(self._lightning_module.parameters())
+            self._complete(parameters)
+            self._average(parameters)
+
+    @torch.no_grad()
+    def _complete(self, parameters: list[nn.Parameter]) -> None:
+        """A parameter without a gradient here gets zeros where another rank has one: all average the same ones."""
+        if not parameters or _distributed.world_size() == 1:
+            return
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.root_device)
+        for parameter, elsewhere in zip(parameters, _distributed.reduced(there, "max").tolist(), strict=True):
+            if elsewhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _average(self, parameters: list[nn.Parameter]) -> None:
