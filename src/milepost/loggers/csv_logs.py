@@ -93,7 +93,9 @@ class CSVLogger(LocalLogger):
         self._rows = []
 
     def state_dict(self) -> dict[str, Any]:
-        """How many rows there are, those not written yet too, and the last one."""
+        """How many rows there are, those not written yet too, and the last one. Nothing but on rank 0, which writes."""
+        if _distributed.rank() != 0:
+            return {}
         self._look()
         last = {key: str(value) for key, value in self._rows[-1].items()} if self._rows else dict(self._last_row)
         count = self._written + len(self._rows)
