@@ -452,6 +452,32 @@ def test_a_test_runner_is_not_started_again(tmp_path: Path) -> None:
         fit(tmp_path)
 
 
+def test_a_program_from_standard_input_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-"])
+    with pytest.raises(MisconfigurationException, match="cannot be started again"):
+        fit(tmp_path)
+
+
+def test_a_launcher_that_the_trainer_has_become_passes_slurms_warning_on(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "if 'RANK' in os.environ:\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: (open(sys.argv[1], 'w').close(), os._exit(0)))\n"
+        "    os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "    signal.pause()\n"
+        "from milepost.strategies.launch import relaunch\n"
+        "relaunch(1, 1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src")}
+    environment.pop("PYTEST_CURRENT_TEST")
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "told")], env=environment, capture_output=True, check=False
+    )
+    assert (tmp_path / "told").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,8 @@ from typing import NoReturn
 from milepost.errors import MisconfigurationException
 
 _STARTED = "MILEPOST_STARTED_RANKS"
+_PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # to the ranks: SLURM's warning too, which would kill the launcher
+_SECONDS_TO_STOP = "600"  # after a signal to the launcher, before it kills ranks: they finish a step and save
 
 
 def command(devices: int, nodes: int, arguments: list[str]) -> list[str]:
@@ -46,7 +48,8 @@ def relaunch(devices: int, nodes: int) -> NoReturn:
         f"Put it into a script and run `torchrun --nproc-per-node={devices} script.py`, or start the function that"
         f" trains with milepost.testing.run_ranks(function, {devices})."
     )
-    if hasattr(sys, "ps1") or len(arguments) < 2 or arguments[1] == "-" or "ipykernel" in sys.modules:
+    without_file = len(arguments) < 2 or sys.argv[0] in ("", "-")  # python < script.py, also with options before -
+    if hasattr(sys, "ps1") or without_file or "ipykernel" in sys.modules:
         raise MisconfigurationException(f"devices={devices} starts this program {devices} times, but an interactive"
                                         f" session cannot be started again. {remedy}")  # fmt: skip
     if "PYTEST_CURRENT_TEST" in os.environ:
@@ -57,8 +60,11 @@ def relaunch(devices: int, nodes: int) -> NoReturn:
             f"The ranks that were started for devices={devices} are to start ranks themselves: something has removed"
             " RANK and WORLD_SIZE from their environment. Leave the two alone."
         )
+    line = command(devices, nodes, arguments)
     os.environ[_STARTED] = str(devices * nodes)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", _PASSED_ON)
+    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", _SECONDS_TO_STOP)
     sys.stdout.flush()
     sys.stderr.flush()
-    line = command(devices, nodes, arguments)
     os.execv(line[0], line)
