@@ -58,6 +58,8 @@ def start(backend: str, timeout: timedelta | None = None) -> None:
 
     A group that is there already is taken as it is, and stays its maker's to destroy.
     """
+    global _joined
+    _joined = True
     if is_initialized():
         return
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
@@ -68,6 +70,15 @@ def start(backend: str, timeout: timedelta | None = None) -> None:
         store, place, ranks = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=place, world_size=ranks, **options)
     atexit.register(stop)
+
+
+_joined = False
+
+
+def is_among_others() -> bool:
+    """Whether a launcher has started several ranks that are to meet, or have met and have not parted yet."""
+    several = is_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return several and (is_initialized() or not _joined)
 
 
 def generation() -> str:

@@ -311,6 +311,11 @@ def all_on_one_rank(folder: Path) -> dict[str, Any]:
     results["stopped"] = stopped(folder)
     results.update(plugins_and_decisions(folder))
     results["rank"] = dist.get_rank()
+    with pytest.raises(MisconfigurationException, match="destroy_process_group"):
+        fit(folder, devices=1, strategy="auto")
+    dist.destroy_process_group()
+    if results["rank"] == 0:
+        fit(folder, devices=1, strategy="auto", max_epochs=1)
     return results
 
 
@@ -450,6 +455,14 @@ def test_a_script_starts_its_ranks_and_goes_on_when_one_is_killed(tmp_path: Path
 def test_a_test_runner_is_not_started_again(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="run_ranks"):
         fit(tmp_path)
+
+
+def test_one_device_is_refused_where_several_ranks_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milepost._distributed._joined", False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MisconfigurationException, match="same files"):
+        milepost.Trainer(accelerator="cpu", devices=1, **QUIET)
 
 
 def test_a_program_from_standard_input_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,9 @@ def strategy_of(given: str | Strategy, accelerator: str, devices: Any, num_nodes
             raise MisconfigurationException(
                 f"strategy='single_device' with {placement.ranks} ranks: give devices=1, or strategy='ddp'."
             )
-        return SingleDeviceStrategy(placement.devices[0])
+        single = SingleDeviceStrategy(placement.devices[0])
+        single.place(accelerator, devices, num_nodes)
+        return single
     build = _NAMES.get("ddp" if given == "auto" else given)
     if build is None:
         known = ", ".join(map(repr, ["auto", "single_device", *_NAMES, *XLA_NAMES]))
