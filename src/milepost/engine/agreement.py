@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -24,7 +24,7 @@ from milepost.errors import (
 )
 
 Steps = Callable[[], list[int]]
-Restore = Callable[[int], None]
+Restore = Callable[[int], str]  # returns which commit of the step it was: a digest of its head
 
 
 def newest_good(restore: Restore, steps: Steps) -> int:
@@ -54,9 +54,10 @@ def newest_good(restore: Restore, steps: Steps) -> int:
 class _Went(msgspec.Struct, frozen=True):
     """How a rank got on with a step, and what rank 0 makes of all such answers."""
 
-    how: Literal["well", "damaged", "gone", "failed"]
+    how: Literal["well", "damaged", "gone", "failed", "replaced"]
     why: str = ""
     rank: int = 0
+    commit: str = ""
 
 
 _LOOKS = 5
@@ -114,7 +115,7 @@ class AgreedSearch:
             if verdict.how == "damaged" and only is None:
                 first = first or (mine, verdict)
                 _pass_over(step, verdict.why)
-            elif verdict.how != "gone" or only is not None:
+            elif verdict.how != "replaced" and (verdict.how != "gone" or only is not None):
                 meeting.leave(*self._keys())
                 if verdict.how == "well":
                     return step
@@ -141,15 +142,14 @@ class AgreedSearch:
         mine: BaseException | None = None
         with meeting.pulse(self._progress, lambda why: None):
             try:
-                restore(step)
-                went = _Went("well")
+                went = _Went("well", commit=restore(step))
             except Exception as error:
                 mine, went = error, _went(error, self._ranks.rank)
         if self._ranks.rank:
             meeting.answer(f"went {self._number}", went)
             return mine, meeting.hear(f"verdict {self._number}", _Went)
         answers = {0: went, **meeting.answers(f"went {self._number}", _Went)}
-        verdict = min(answers.values(), key=lambda each: (_WORST.index(each.how), each.rank))
+        verdict = _verdict(answers)
         meeting.say(f"verdict {self._number}", verdict)
         return mine, verdict
 
@@ -171,8 +171,8 @@ class _Named:
     """The steps in the order in which rank 0 names them."""
 
     def __init__(self, steps: Steps, only: int | None) -> None:
-        self._steps = steps
-        self._left: list[int] | None = None if only is None else [only]
+        self._steps = steps if only is None else lambda: [only]
+        self._left: list[int] | None = None
         self._not_found: Counter[int] = Counter()
 
     def next(self) -> int | None:
@@ -184,14 +184,15 @@ class _Named:
         """It was no success. One that was removed meanwhile is no reason to go further back: there may be newer ones.
 
         Raises:
-            RankFailure: rank 0 finds it, and another rank does not.
+            RankFailure: rank 0 finds it, and another rank does not, or finds another commit each time.
         """
-        if verdict.how == "gone":
+        if verdict.how in ("gone", "replaced"):
             self._left = None
             self._not_found[step] += 1
             if verdict.rank and self._not_found[step] > _LOOKS:
+                what = "does not find the" if verdict.how == "gone" else "has not restored rank 0's"
                 raise RankFailure(
-                    verdict.rank, f"it does not find the checkpoint of step {step}; is the directory on a shared disk?"
+                    verdict.rank, f"it {what} checkpoint of step {step}; is the directory on a shared disk?"
                 )
             time.sleep(_PAUSE_SECONDS * (self._not_found[step] - 1))  # its file system may be behind
 
@@ -202,6 +203,15 @@ def _went(error: Exception, rank: int) -> _Went:
     if isinstance(error, (CheckpointCorruptError, CheckpointFormatError)):
         return _Went("damaged", str(error), rank)
     return _Went("failed", f"{type(error).__name__}: {error}", rank)
+
+
+def _verdict(answers: Mapping[int, _Went]) -> _Went:
+    """What rank 0 makes of all ranks' answers: the worst of them, unless all went well with different commits."""
+    worst = min(answers.values(), key=lambda each: (_WORST.index(each.how), each.rank))
+    others = [rank for rank, each in sorted(answers.items()) if each.commit != answers[0].commit]
+    if worst.how == "well" and others:
+        return _Went("replaced", "it was replaced while it was restored", others[0])
+    return worst
 
 
 def _of_other(verdict: _Went, step: int) -> Exception:

@@ -283,8 +283,8 @@ class Checkpointer:
         self._engine.wait()
         self.report = None
 
-        def one(candidate: int) -> None:
-            self._restore_one(state, candidate, parts, strict)
+        def one(candidate: int) -> str:
+            return self._restore_one(state, candidate, parts, strict)
 
         ranks = self._engine.ranks
         if ranks is not None:
@@ -318,14 +318,16 @@ class Checkpointer:
 
     def _restore_one(
         self, state: MutableMapping[str, Any], step: int, parts: Collection[str] | None, strict: bool
-    ) -> None:
+    ) -> str:
+        """Returns which commit it was."""
         self._check_there(step)
-        self.report = self._engine.reading(
-            self.path(step), lambda stored: restore(self._engine, stored, state, parts, strict)
+        self.report, commit = self._engine.reading(
+            self.path(step), lambda stored: (restore(self._engine, stored, state, parts, strict), stored.commit)
         )
         with suppress(CheckpointError):  # it is removed or replaced meanwhile: then the next save writes all
             self._engine.adopt(self.path(step))
         self._restored = step
+        return commit
 
     def _check_there(self, step: int) -> None:
         aside = self.directory / f"{REPLACED}{self.path(step).name}"  # while it is being replaced

@@ -53,7 +53,9 @@ class StoredCheckpoint:
         for left in reversed(range(READ_ATTEMPTS)):
             self._directory = _open_directory(self.path)
             try:
-                self.head: Head = manifest.decode_head(self._head_bytes(), self._in(manifest.HEAD_NAME))
+                data = self._head_bytes()
+                self.commit = manifest.digest(data)  # tells it from any other that lay or will lie at its path
+                self.head: Head = manifest.decode_head(data, self._in(manifest.HEAD_NAME))
                 if (listing := self.head.listing) is not msgspec.UNSET:
                     self.head = manifest.decode_listing(self._stored(listing), self.head, self._in(listing.name))
                 break
