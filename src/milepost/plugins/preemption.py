@@ -13,9 +13,9 @@ class Preemption:
 
     A signal only sets a flag. At the next step boundary (after a training batch, or on one rank between two batches of
     a validation) the Trainer saves ``hpc_ckpt_<job>_<n>.ckpt``, under SLURM in its `default_root_dir`, elsewhere
-    beside the run's checkpoints; waits until it is durable, and stops by raising `SIGTERMException`, which leaves the exit
-    status 128 + signal. ``ckpt_path="hpc"`` and ``"auto"`` go on from there. A second signal of the same kind ends the
-    process at once.
+    beside the run's checkpoints; waits until it is durable, and stops by raising `SIGTERMException`, which leaves the
+    exit status 128 + signal. ``ckpt_path="hpc"`` and ``"auto"`` go on from there. A second signal of the same kind ends
+    the process at once.
 
     Args:
         signals: beside SIGTERM. SLURM sends SIGUSR1 before the time limit where the job asks for it
