@@ -364,7 +364,7 @@ def test_the_first_rank_shows_that_it_gets_on_while_it_lists_the_steps() -> None
         return [3]
 
     def act(rank: int, _: Ranks) -> int:
-        return AgreedSearch(Seen(shared, rank, 2), "runs", steps, time.monotonic_ns).run(lambda step: None)
+        return AgreedSearch(Seen(shared, rank, 2), "runs", steps, time.monotonic_ns).run(lambda step: "")
 
     assert raised(together(2, act)[0]) == [3, 3]
 
