@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from milepost import Checkpointer
+from milepost.engine.lazy import changed_by_steps, steps_alone_change
 from milepost.errors import CheckpointSaveError, MisconfigurationException
 
 
@@ -154,6 +156,21 @@ def test_after_a_save_and_after_closing_no_step_is_held_back(tmp_path: Path) -> 
     assert same(
         {k: v.state_dict() for k, v in resumed.state.items()}, {k: v.state_dict() for k, v in loop.state.items()}
     )
+
+
+def test_a_replaced_step_is_not_vouched_for_also_under_a_scheduler() -> None:
+    model = nn.Linear(2, 2)
+
+    def custom(self: torch.optim.Optimizer, closure: Any = None) -> None:
+        model.weight.data.zero_()  # no hook of torch's sees it
+
+    optimizer, replaced = torch.optim.SGD(model.parameters()), torch.optim.SGD(model.parameters())
+    replaced.step = types.MethodType(custom, replaced)  # type: ignore[method-assign]
+    for _ in range(2):  # without and with the step that a scheduler puts around it
+        assert steps_alone_change(optimizer) and not steps_alone_change(replaced)
+        for one in (optimizer, replaced):
+            torch.optim.lr_scheduler.StepLR(one, 1)
+    assert changed_by_steps([replaced]) == {} and len(changed_by_steps([optimizer])) == 2
 
 
 def test_lazy_needs_the_background(tmp_path: Path) -> None:

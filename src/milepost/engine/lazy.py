@@ -126,8 +126,8 @@ def steps_alone_change(optimizer: Optimizer) -> bool:
     compiled one, for steps out of hooks of the backward pass, and for those that a CUDA graph replays.
     """
     own = vars(optimizer).get("step")
-    if own is not None and getattr(getattr(own, "__code__", None), "co_filename", "") != lr_scheduler.__file__:
-        return False  # schedulers put one there that only counts
+    if own is not None and not _only_counts(own, type(optimizer).step):
+        return False
     if not _of_torch(optimizer) or not getattr(type(optimizer).step, "hooked", False):
         return False
     if any(group.get("capturable") for group in optimizer.param_groups):
@@ -137,6 +137,12 @@ def steps_alone_change(optimizer: Optimizer) -> bool:
         for group in optimizer.param_groups
         for p in group["params"]
     )
+
+
+def _only_counts(own: Any, step: Any) -> bool:
+    """Whether a step put on an optimizer is a scheduler's, which counts, around that of its class and no other one."""
+    of_scheduler = getattr(getattr(own, "__code__", None), "co_filename", "") == lr_scheduler.__file__
+    return of_scheduler and getattr(own, "__wrapped__", None) is step
 
 
 def inside_a_step() -> bool:
