@@ -23,6 +23,7 @@ from milepost.engine.batch import Staging
 from milepost.engine.lazy import StepGate, changed_by_steps
 from milepost.errors import CheckpointSaveError
 from milepost.plugins import AsyncCheckpointIO, SnapshotCheckpointIO
+from milepost.strategies import SingleDeviceStrategy
 from milepost.trainer.late_copies import DIRECT
 
 
@@ -250,6 +251,22 @@ def test_behind_async_checkpoint_io_any_plugin_is_lazy(tmp_path: Path) -> None:
     assert held == [False, True, True, True, True, True]
     found = io.load_checkpoint(tmp_path / "step=6.ckpt")
     assert same(found["state_dict"], dict(net.state_dict()))
+
+
+def test_what_was_vouched_for_in_one_save_is_not_in_a_later_one_of_the_strategys(tmp_path: Path) -> None:
+    class Strategy(SingleDeviceStrategy):
+        def save_checkpoint(self, *args: Any) -> Any:
+            vouched.append(len(self.stepping_optimizers))
+            return super().save_checkpoint(*args)
+
+    class Looks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            assert self.trainer.strategy.stepping_optimizers == ()
+            return super().training_step(batch, batch_idx)
+
+    vouched: list[int] = []
+    fit(tmp_path, Looks(), SnapshotCheckpointIO(lazy=True), strategy=Strategy())
+    assert vouched and 1 in vouched
 
 
 def optimizers_that_are_refused() -> dict[str, Any]:

@@ -260,9 +260,12 @@ class Trainer(TrainerSurface):
                 self.strategy.before_saving()
             checkpoint = dump_checkpoint(self, bool(weights_only))
             self.strategy.stepping_optimizers = self.late_copies.optimizers()
-            if self.state.status == "interrupted":
-                return self.strategy.save_checkpoint_alone(checkpoint, str(filepath))
-            return self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
+            try:
+                if self.state.status == "interrupted":
+                    return self.strategy.save_checkpoint_alone(checkpoint, str(filepath))
+                return self.strategy.save_checkpoint(checkpoint, str(filepath), storage_options)
+            finally:  # whoever calls the strategy's by itself has vouched for none
+                self.strategy.stepping_optimizers = ()
 
     def finish_staging(self) -> None:
         """Wait until what is being saved is copied. Call it before writing to weights inside of `training_step`.
