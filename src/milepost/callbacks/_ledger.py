@@ -79,8 +79,9 @@ class Ledger:
         try:
             for save in saves:
                 _prepare(save.path, trainer.global_step)
-                for logger in trainer.loggers:
-                    logger.save()  # before others are told: where it fails, nobody waits for a save of all ranks
+                if trainer.world_size > 1:
+                    for logger in trainer.loggers:
+                        logger.save()  # before others are told: where it fails, nobody waits for a save of all ranks
                 self.announce(save.path)
                 save.pending = trainer.save_checkpoint(save.path, self.weights_only)
         finally:
