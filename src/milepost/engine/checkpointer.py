@@ -237,7 +237,6 @@ class Checkpointer:
         return self._present()
 
     def _present(self) -> list[int]:
-        before: list[int] | None = None
         while True:
             found, gone = [], False
             for entry in self.directory.iterdir() if self.directory.is_dir() else ():
@@ -247,10 +246,7 @@ class Checkpointer:
                 elif match:
                     gone = gone or not os.path.lexists(entry)
             if not gone:  # else somebody removes while we list, and may have saved what is not in the list
-                steps = sorted(set(found))
-                if steps == before:  # a rename while a directory is read can hide what is renamed from one look
-                    return steps
-                before = steps
+                return sorted(set(found))
 
     def restore(
         self,
